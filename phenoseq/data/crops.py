@@ -1,0 +1,150 @@
+"""Square crops around cells, at a stated pixel size, from images of any size in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from phenoseq.data.source import FieldImage, Source
+from phenoseq.errors import DataError
+
+#: Side of the regions that are read at a time, in pixels of the level read.
+REGION = 4096
+#: Largest share of cells that may lie outside the image.
+MAX_OUTSIDE = 0.5
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops of some cells.
+
+    Attributes
+    ----------
+    rows
+        Positions of the cells in ``source.obs``, int64 ``(n,)``.
+    images
+        ``(n, C, crop_px, crop_px)`` in the pixel type of the source.
+    cut
+        True where the crop leaves the image (and is reflected there), bool ``(n,)``.
+    """
+
+    rows: NDArray[np.int64]
+    images: NDArray[np.generic]
+    cut: NDArray[np.bool_]
+
+
+def outside(source: Source) -> NDArray[np.bool_]:
+    """Tell which cells have their centroid outside their image, bool ``(n_obs,)``.
+
+    Raises
+    ------
+    DataError
+        Where most are: then the coordinates are not micrometres in this image's frame.
+    """
+    out = np.ones(len(source.obs), dtype=bool)
+    x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
+    for name, rows in _by_field(source.obs):
+        if name not in source.fields:
+            raise DataError(f"{source.name}: cells name the field {name!r}, which has no image")
+        level = source.fields[name].levels[0]
+        height, width = (side * level.pixel_size for side in level.shape)
+        out[rows] = (x[rows] < 0) | (y[rows] < 0) | (x[rows] >= width) | (y[rows] >= height)
+    if len(out) and out.mean() > MAX_OUTSIDE:
+        level = next(iter(source.fields.values())).levels[0]
+        raise DataError(
+            f"{source.name}: {out.sum()} of {len(out)} cells lie outside the image, which is "
+            f"{level.shape[1] * level.pixel_size:.0f} x {level.shape[0] * level.pixel_size:.0f} um "
+            f"(cells reach {x.max():.0f}, {y.max():.0f}); are the coordinates in pixels, or is "
+            f"the pixel size of {level.pixel_size} um wrong?"
+        )
+    return out
+
+
+def iter_crops(
+    source: Source, pixel_size: float, crop_px: int, *, batch_size: int = 512
+) -> Iterator[CropBatch]:
+    """Cut a crop around every cell that lies inside its image, region by region.
+
+    The coarsest pyramid level that is fine enough is read, in regions of bounded size, and each
+    crop is resampled (bilinear, antialiased) to ``pixel_size``. A crop depends on its cell and
+    image alone. Cells come in the order of the regions, not of ``source.obs``.
+
+    Parameters
+    ----------
+    source
+        Images and cells.
+    pixel_size
+        Micrometres a pixel of the crops. Their width is exact to half a pixel of the level read.
+    crop_px
+        Side of the crops in pixels.
+    batch_size
+        Most crops in a batch.
+
+    Raises
+    ------
+    DataError
+        Where an image cannot be decoded.
+    """
+    inside = ~outside(source)
+    for name, rows in _by_field(source.obs):
+        chosen = rows[inside[rows]]
+        centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()[chosen]
+        yield from _field_crops(
+            source.fields[name], chosen, centres, pixel_size, crop_px, batch_size
+        )
+
+
+def _by_field(obs: pd.DataFrame) -> list[tuple[str, NDArray[np.int64]]]:
+    groups = obs.reset_index(drop=True).groupby("field", sort=False, observed=True).indices
+    return [(str(name), np.asarray(rows, dtype=np.int64)) for name, rows in groups.items()]
+
+
+def _field_crops(
+    image: FieldImage,
+    rows: NDArray[np.int64],
+    centres: NDArray[np.float64],
+    pixel_size: float,
+    crop_px: int,
+    batch_size: int,
+) -> Iterator[CropBatch]:
+    level = image.level_for(pixel_size)
+    side = max(round(crop_px * pixel_size / level.pixel_size), 1)
+    corner = np.round(centres / level.pixel_size - side / 2).astype(np.int64)
+    height, width = level.shape
+    cut = (corner < 0).any(axis=1) | (corner + side > [height, width]).any(axis=1)
+    region = np.clip(corner, 0, None) // REGION
+    order = np.lexsort((corner[:, 1], corner[:, 0], region[:, 1], region[:, 0]))
+    edges = np.flatnonzero(np.any(np.diff(region[order], axis=0), axis=1)) + 1
+    for group in np.split(order, edges):
+        if not len(group):
+            continue
+        (y0, x0), (y1, x1) = corner[group].min(axis=0), corner[group].max(axis=0) + side
+        pixels = level.read(max(y0, 0), min(y1, height), max(x0, 0), min(x1, width))
+        pad = [(0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - width, 0))]
+        if any(before or after for before, after in pad):
+            pixels = np.pad(pixels, pad, mode="symmetric")
+        for start in range(0, len(group), batch_size):
+            some = group[start : start + batch_size]
+            crops = np.empty((len(some), len(pixels), side, side), dtype=pixels.dtype)
+            for out, (y, x) in zip(crops, corner[some] - [y0, x0], strict=True):
+                out[:] = pixels[:, y : y + side, x : x + side]
+            yield CropBatch(rows[some], resample(crops, crop_px), cut[some])
+
+
+def resample(crops: NDArray[np.generic], crop_px: int) -> NDArray[np.generic]:
+    """Resample crops ``(n, C, H, W)`` to ``crop_px`` a side, keeping their pixel type."""
+    if crops.shape[-1] == crop_px:
+        return crops
+    size = (crop_px, crop_px)
+    tensor = torch.from_numpy(crops.astype(np.float32))
+    scaled = torch.nn.functional.interpolate(tensor, size, mode="bilinear", antialias=True)
+    out = scaled.numpy()
+    if np.issubdtype(crops.dtype, np.integer):
+        info = np.iinfo(crops.dtype)
+        out = np.clip(np.rint(out), info.min, info.max)
+    return out.astype(crops.dtype)

@@ -1,0 +1,120 @@
+"""The LightningDataModule over a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import lightning as L
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from torch.utils.data import DataLoader
+
+from phenoseq.data.dataset import Batch, CellStream
+from phenoseq.data.splits import Split, SplitConfig, make_split
+from phenoseq.data.store import Store
+
+
+class StoreDataModule(L.LightningDataModule):
+    """Streams a store's cells to Lightning, split by declared groups.
+
+    Parameters
+    ----------
+    store
+        Path of a store made by ``phenoseq prepare``.
+    split
+        How cells are divided.
+    batch_size
+        Cells a batch, on each device.
+    num_workers
+        Processes that read; 0 reads in the training process.
+    seed
+        Of the order of the cells.
+    max_val
+        Most validation cells, drawn by the seed.
+
+    Attributes
+    ----------
+    opened, table, parts
+        The store, its expression table and its split, after :meth:`setup`.
+    """
+
+    opened: Store
+    table: ad.AnnData
+    parts: Split
+
+    def __init__(
+        self,
+        store: str | Path,
+        split: SplitConfig = SplitConfig(),  # noqa: B008 - frozen, and shown by --help
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_val: int = 4096,
+    ) -> None:
+        super().__init__()
+        self.store = Path(store)
+        self.split = split
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.max_val = max_val
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the store and divide its cells; raises :class:`~phenoseq.errors.DataError`."""
+        if hasattr(self, "opened"):
+            return
+        self.opened = Store(self.store)
+        self.table = self.opened.table()
+        self.parts = split_of(self.opened, self.table, self.split)
+
+    @property
+    def counts(self) -> sparse.csr_matrix:
+        """Raw counts of all cells of the store, CSR."""
+        return self.table.X
+
+    def image_sample(self, part: str, n: int) -> NDArray[np.generic]:
+        """Return the crops of up to ``n`` cells of a part, drawn by the seed, ``(n, C, H, W)``."""
+        return self.opened.take(self.some(part, n))
+
+    def some(self, part: str, n: int) -> NDArray[np.int64]:
+        """Return up to ``n`` cells of a part, drawn by the seed, in the store's order."""
+        rows = self.parts.rows(part)
+        if len(rows) <= n:
+            return rows
+        return np.sort(np.random.default_rng(self.seed).choice(rows, n, replace=False))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return shuffled training batches."""
+        return self._loader(self.parts.rows("train"), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return validation batches, always the same cells in the same order."""
+        return self._loader(self.some("val", self.max_val), shuffle=False)
+
+    def _loader(self, rows: NDArray[np.int64], *, shuffle: bool) -> DataLoader[Batch]:
+        stream = CellStream(
+            self.store,
+            rows,
+            self.counts,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            multiprocessing_context="spawn" if self.num_workers else None,
+        )
+
+
+def split_of(store: Store, table: ad.AnnData, config: SplitConfig) -> Split:
+    """Divide the cells of a store."""
+    return make_split(
+        config,
+        table.obs,
+        crop_width=store.manifest.crop_width,
+        occupied=store.all_cells(),
+    )

@@ -1,0 +1,132 @@
+"""Streams cells of a store in batches, whole chunks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from phenoseq.data.store import Store
+
+Batch = dict[str, Tensor]
+
+
+class CellStream(IterableDataset[Batch]):
+    """Batches of cells, ``{"images": (B, C, H, W), "counts": (B, g) float32, "rows": (B,)}``.
+
+    Chunks are read whole, in an order that depends on (seed, epoch) alone and is divided over ranks
+    and workers; cells are shuffled within a window of chunks. The store is opened where it is read,
+    so that the stream can be sent to a worker.
+
+    Parameters
+    ----------
+    store
+        Path of the store.
+    rows
+        Cells to stream, positions in the store.
+    counts
+        Raw counts of all cells of the store, CSR ``(n_obs, g)``.
+    batch_size
+        Cells a batch.
+    shuffle
+        False keeps the store's order and every cell. True shuffles, and gives every rank and worker
+        the same number of full batches, so that no rank waits for another.
+    seed
+        Of the order.
+    window
+        Chunks in memory at once, among whose cells is shuffled.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        rows: NDArray[np.int64],
+        counts: sparse.csr_matrix,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        window: int = 64,
+    ) -> None:
+        super().__init__()
+        self.store = Path(store)
+        self.rows = np.sort(rows)
+        self.counts = counts
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.window = window
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of batches of one rank."""
+        worker = get_worker_info()
+        shares = self._shares(_world(), worker.num_workers if worker else 1)
+        if self.shuffle:
+            return min(sum(map(len, s)) for s in shares) // self.batch_size * (len(shares) // _world())
+        rank = dist.get_rank() if _world() > 1 else 0
+        return sum(-(-sum(map(len, s)) // self.batch_size) for s in shares[rank :: _world()])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of this rank and worker."""
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        world = _world()
+        rank = dist.get_rank() if world > 1 else 0
+        shares = self._shares(world, workers)
+        share = shares[worker_id * world + rank]
+        quota = min(sum(map(len, s)) for s in shares) // self.batch_size if self.shuffle else None
+        rng = np.random.default_rng([self.seed, self.epoch, rank, worker_id])
+        store = Store(self.store)
+        waiting: tuple[NDArray[np.int64], NDArray[np.generic]] | None = None
+        made = 0
+        for start in range(0, len(share), self.window):
+            rows = np.concatenate(share[start : start + self.window])
+            images = store.take(rows)
+            if waiting is not None:
+                rows, images = np.concatenate([waiting[0], rows]), np.concatenate([waiting[1], images])
+            order = rng.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
+            last = start + self.window >= len(share)
+            stop = len(rows) if last and not self.shuffle else len(rows) - len(rows) % self.batch_size
+            for at in range(0, stop, self.batch_size):
+                if made == quota:
+                    return
+                some = order[at : at + self.batch_size]
+                yield self._batch(rows[some], images[some])
+                made += 1
+            waiting = (rows[order[stop:]], images[order[stop:]])
+
+    def _batch(self, rows: NDArray[np.int64], images: NDArray[np.generic]) -> Batch:
+        if images.dtype == np.uint16:
+            images = images.astype(np.int32)
+        return {
+            "images": torch.from_numpy(images),
+            "counts": torch.from_numpy(self.counts[rows].toarray().astype(np.float32)),
+            "rows": torch.from_numpy(rows),
+        }
+
+    def _shares(self, world: int, workers: int) -> list[list[NDArray[np.int64]]]:
+        """Divide the chunks, each as its cells, over workers and ranks."""
+        chunk = int(Store(self.store).crops.chunks[0])
+        edges = np.flatnonzero(np.diff(self.rows // chunk)) + 1
+        chunks = np.split(self.rows, edges)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(chunks))
+            chunks = [chunks[i] for i in order]
+        n = world * workers
+        return [chunks[i::n] for i in range(n)]
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,63 @@
+"""Tables of cells: ids as text, centroids in micrometres."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from phenoseq.errors import DataError
+
+CENTROID = ["x_centroid", "y_centroid"]
+
+
+def read_cells(path: str | Path) -> pd.DataFrame:
+    """Read a table of cells, CSV (also gzipped) or parquet.
+
+    Parameters
+    ----------
+    path
+        File with columns ``cell_id``, ``x_centroid``, ``y_centroid`` (micrometres), and any more.
+
+    Returns
+    -------
+    One row a cell, indexed by ``cell_id`` (text, so that 64-bit ids stay apart).
+
+    Raises
+    ------
+    DataError
+        Where the file is missing or unreadable, has no rows, lacks one of these columns, has a
+        position that is not a number, or repeats a cell.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, dtype={"cell_id": str})
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); copy it again from the source"
+        ) from error
+    lacking = [name for name in ("cell_id", *CENTROID) if name not in table]
+    if lacking:
+        raise DataError(f"{path}: no column {lacking}; it has {list(table.columns)[:12]}")
+    if table.empty:
+        raise DataError(f"{path}: no cells in it")
+    ids = [i.decode() if isinstance(i, bytes) else str(i) for i in table.pop("cell_id")]
+    table.index = pd.Index(ids, dtype=object, name="cell_id")
+    if table.index.duplicated().any():
+        twice = sorted(set(table.index[table.index.duplicated()]))
+        raise DataError(f"{path}: {len(twice)} cell ids stand there twice, e.g. {twice[:3]}")
+    for name in CENTROID:
+        table[name] = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
+    bad = table.index[~np.isfinite(table[CENTROID]).all(axis=1)]
+    if len(bad):
+        raise DataError(
+            f"{path}: {len(bad)} cells have no position (NaN or text in {CENTROID}), e.g. "
+            f"{list(bad[:3])}; remove these rows"
+        )
+    return table

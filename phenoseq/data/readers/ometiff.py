@@ -1,0 +1,162 @@
+"""Stains of one field from OME-TIFF: one file, one file a stain, or a multi-file set."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import zarr
+from numpy.typing import NDArray
+
+from phenoseq.channels import canonical_channels
+from phenoseq.data.source import FieldImage, Level
+from phenoseq.errors import DataError
+
+
+@dataclass(frozen=True)
+class OmeTiff:
+    """Stains of one field, read by region.
+
+    Attributes
+    ----------
+    channels
+        Canonical stain names.
+    pixel_size
+        Micrometres a pixel as the files state it, or None.
+    series
+        For each channel its file, series and index along the channel axis (None without one).
+    """
+
+    channels: tuple[str, ...]
+    pixel_size: float | None
+    series: tuple[tuple[Path, Any, int | None], ...]
+
+    def field(self, pixel_size: float) -> FieldImage:
+        """Return the pyramid at ``pixel_size`` micrometres a full-resolution pixel."""
+        height, width = self.series[0][1].shape[-2:]
+        shapes = [level.shape[-2:] for level in self.series[0][1].levels]
+        levels = tuple(
+            Level(
+                pixel_size=pixel_size * round(max(height / h, width / w)),
+                shape=(h, w),
+                read=_Reader([(p, s.aszarr(level=k), c) for p, s, c in self.series]),
+            )
+            for k, (h, w) in enumerate(shapes)
+        )
+        return FieldImage(levels, np.dtype(self.series[0][1].dtype))
+
+
+class _Reader:
+    """Reads a region of every channel of one pyramid level; chunks are decoded as needed."""
+
+    def __init__(self, stores: Sequence[tuple[Path, Any, int | None]]) -> None:
+        self._arrays = [(path, zarr.open_array(store, mode="r"), c) for path, store, c in stores]
+
+    def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[np.generic]:
+        planes = []
+        for path, array, channel in self._arrays:
+            region = (slice(y0, y1), slice(x0, x1))
+            try:
+                plane = array[region if channel is None else (channel, *region)]
+            except Exception as error:  # each codec has errors of its own
+                raise DataError(
+                    f"{path}: pixels at rows {y0}-{y1}, columns {x0}-{x1} cannot be decoded "
+                    f"({error}); the file may be truncated: copy it again from the source"
+                ) from error
+            planes.append(np.asarray(plane))
+        return np.stack(planes)
+
+
+def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> OmeTiff:
+    """Open the OME-TIFF files of one field.
+
+    Files that form one multi-file set yield every stain of the set when any of them is opened;
+    such a set is taken once.
+
+    Parameters
+    ----------
+    files
+        The files, in the order of their stains.
+    default_names
+        Names of the stains where the files state none.
+
+    Raises
+    ------
+    DataError
+        Where a file is missing, truncated or no TIFF, a file of the set is absent, the stains
+        have no names, or files differ in size or pixel type.
+    """
+    series: list[tuple[Path, Any, int | None]] = []
+    names: list[str] = []
+    sizes: list[float] = []
+    seen: set[str] = set()
+    for path in files:
+        if path.name in seen:
+            continue
+        one, xml = _open(path)
+        members, stated, size = _describe(path, xml)
+        seen |= members | {path.name}
+        axes = one.axes
+        if axes not in ("YX", "CYX"):
+            raise DataError(f"{path}: axes {axes} are not (stain,) height, width")
+        indices: list[int | None] = list(range(one.shape[0])) if axes == "CYX" else [None]
+        series += [(path, one, c) for c in indices]
+        names += [n or "" for n in stated] if len(stated) == len(indices) else [""] * len(indices)
+        sizes += [size] if size else []
+    if not any(names) and len(names) == len(default_names):
+        names = list(default_names)
+    first_path, first, _ = series[0]
+    for path, other, _ in series:
+        if other.shape[-2:] != first.shape[-2:] or other.dtype != first.dtype:
+            raise DataError(
+                f"{path}: {other.shape[-2:]} {other.dtype} differs from {first_path.name}: "
+                f"{first.shape[-2:]} {first.dtype}; stains of one field must match"
+            )
+        if [lv.shape[-2:] for lv in other.levels] != [lv.shape[-2:] for lv in first.levels]:
+            raise DataError(f"{path}: its pyramid differs from that of {first_path.name}")
+    channels = canonical_channels(names, str(first_path.parent))
+    return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
+
+
+def _open(path: Path) -> tuple[Any, str | None]:
+    try:
+        tif = tifffile.TiffFile(path)
+        series = tif.series[0]
+        xml = tif.ome_metadata
+        last = tif.pages[-1]
+        end = max(o + n for o, n in zip(last.dataoffsets, last.databytecounts, strict=True))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image") from error
+    except Exception as error:  # tifffile raises many kinds on a broken file
+        raise DataError(
+            f"{path}: not a readable TIFF ({error}); the file may be truncated: copy it again"
+        ) from error
+    if end > path.stat().st_size:
+        raise DataError(
+            f"{path}: truncated: it has {path.stat().st_size:,} bytes and its last page ends at "
+            f"{end:,}; copy it again from the source"
+        )
+    return series, xml
+
+
+def _describe(path: Path, xml: str | None) -> tuple[set[str], list[str | None], float | None]:
+    """Return the files of the set, the channel names and the pixel size that OME-XML states."""
+    if xml is None:
+        return set(), [], None
+    root = ET.fromstring(xml)
+    pixels = root.find(".//{*}Pixels")
+    if pixels is None:
+        return set(), [], None
+    members = {str(u.get("FileName")) for u in pixels.iter() if u.get("FileName")}
+    for name in sorted(members):
+        if not (path.parent / name).exists():
+            raise DataError(f"{path.parent / name}: missing, but {path.name} says it is of its set")
+    names = [c.get("Name") for c in pixels.findall("{*}Channel")]
+    size = pixels.get("PhysicalSizeX")
+    micrometres = pixels.get("PhysicalSizeXUnit", "µm") in ("µm", "μm", "um")
+    return members, names, float(size) if size and micrometres else None

@@ -1,0 +1,159 @@
+"""Xenium output folders (10x Genomics), as the instrument writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.ometiff import open_ometiff
+from phenoseq.data.source import Source
+from phenoseq.errors import DataError
+from phenoseq.genes import gene_table, without_ensembl
+
+_CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
+_FIELD = "section"
+#: Least share of the cells that must stand in the count matrix.
+MIN_MATCHED = 0.9
+
+
+def is_xenium(folder: Path) -> bool:
+    """Tell whether ``folder`` looks like a Xenium output folder."""
+    return (folder / "experiment.xenium").exists() or (
+        any((folder / name).exists() for name in _CELLS) and bool(_images(folder))
+    )
+
+
+def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
+    """Read a Xenium output folder; images are opened, not loaded.
+
+    Both layouts are read: one ``morphology_focus.ome.tif`` (DAPI), and a ``morphology_focus``
+    folder with one file a stain. Control probes and other features that are not genes are
+    dropped. The count matrix may be absent (``counts`` is then None).
+
+    Parameters
+    ----------
+    folder
+        The output folder.
+    pixel_size
+        Micrometres a pixel, where ``experiment.xenium`` does not say.
+
+    Raises
+    ------
+    DataError
+        Where images or cells are missing or unreadable, no file states the pixel size, two state
+        different ones, or the count matrix belongs to other cells.
+    """
+    folder = Path(folder)
+    images = _images(folder)
+    if not images:
+        raise DataError(
+            f"{folder}: no image; expected 'morphology_focus.ome.tif' or 'morphology_focus/*.ome.tif'"
+        )
+    image = open_ometiff(images, default_names=("DAPI",))
+    size = _pixel_size(folder, image.pixel_size, pixel_size)
+    cells = [folder / name for name in _CELLS if (folder / name).exists()]
+    if not cells:
+        raise DataError(f"{folder}: no table of cells; expected one of {list(_CELLS)}")
+    obs = read_cells(cells[0])
+    obs.insert(0, "field", _FIELD)
+    matrix = folder / "cell_feature_matrix.h5"
+    counts, var = _read_counts(matrix, obs.index) if matrix.exists() else (None, None)
+    digest = hashlib.sha256(f"{size:.6f}".encode())
+    digest.update("\n".join(obs.index).encode())
+    digest.update(np.ascontiguousarray(obs[["x_centroid", "y_centroid"]].to_numpy("<f8")))
+    if counts is not None:
+        digest.update(counts.indices.astype("<i8").tobytes())
+        digest.update(counts.data.astype("<f4").tobytes())
+    return Source(
+        kind="xenium",
+        name=str(folder),
+        channels=image.channels,
+        fields={_FIELD: image.field(size)},
+        obs=obs,
+        counts=counts,
+        var=var,
+        identity=digest.hexdigest(),
+    )
+
+
+def _images(folder: Path) -> list[Path]:
+    several = sorted((folder / "morphology_focus").glob("*.ome.tif"))
+    one = folder / "morphology_focus.ome.tif"
+    return several or ([one] if one.exists() else [])
+
+
+def _pixel_size(folder: Path, in_image: float | None, given: float | None) -> float:
+    path = folder / "experiment.xenium"
+    stated = None
+    if path.exists():
+        try:
+            stated = json.loads(path.read_text()).get("pixel_size")
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON ({error}); copy it again") from error
+    size = given or stated or in_image
+    if size is None:
+        raise DataError(
+            f"{path}: states no 'pixel_size', and neither does the image; give it in micrometres: "
+            "--pixel-size 0.2125 is the instrument's"
+        )
+    if not 0.01 < float(size) < 100:
+        raise DataError(f"{path}: a pixel size of {size} micrometres cannot be right")
+    if given is None and stated and in_image and abs(stated / in_image - 1) > 0.01:
+        raise DataError(
+            f"{path}: says {stated} um a pixel, the image says {in_image}; "
+            "tell which is right with --pixel-size"
+        )
+    return float(size)
+
+
+def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.DataFrame]:
+    """Read a 10x count matrix, its genes only, in the order of ``cells``."""
+    try:
+        with h5py.File(path) as file:
+            group = file["matrix"]
+            matrix = sparse.csc_matrix(
+                (group["data"][:], group["indices"][:], group["indptr"][:]),
+                shape=tuple(group["shape"][:]),
+            )
+            barcodes = pd.Index(group["barcodes"].asstr()[:])
+            features = group["features"]
+            kinds = features["feature_type"].asstr()[:]
+            ids, symbols = features["id"].asstr()[:], features["name"].asstr()[:]
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path}: not a readable 10x count matrix ({error}); copy it again, or remove it to "
+            "predict without counts"
+        ) from error
+    genes = np.flatnonzero(kinds == "Gene Expression")
+    if not len(genes):
+        raise DataError(f"{path}: no feature of the type 'Gene Expression', only {set(kinds)}")
+    place = barcodes.get_indexer(cells)
+    matched = float((place >= 0).mean())
+    if matched < MIN_MATCHED:
+        raise DataError(
+            f"{path}: {matched:.0%} of the {len(cells)} cells of the table are in the count matrix "
+            f"(cells such as {list(cells[:2])}, matrix such as {list(barcodes[:2])}); are both "
+            "from one run?"
+        )
+    var = gene_table(ids[genes], symbols[genes], str(path))
+    unnamed = without_ensembl(var)
+    if unnamed:
+        warnings.warn(
+            f"{path}: {len(unnamed)} genes have no Ensembl id and go by their symbol: "
+            f"{unnamed[:5]}",
+            stacklevel=3,
+        )
+    by_cell = matrix.T.tocsr()[:, genes].astype(np.float32)
+    empty = sparse.csr_matrix((1, by_cell.shape[1]), dtype=np.float32)
+    rows = np.where(place >= 0, place, by_cell.shape[0])
+    counts = sparse.vstack([by_cell, empty], format="csr")[rows]
+    counts.sort_indices()
+    return counts, var

@@ -1,0 +1,96 @@
+"""What a reader yields: stains by name, pixel size, images read by region, cells, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import sparse
+
+Region = Callable[[int, int, int, int], NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of an image, read by region.
+
+    Attributes
+    ----------
+    pixel_size
+        Micrometres a pixel.
+    shape
+        ``(height, width)`` in pixels.
+    read
+        ``read(y0, y1, x0, x1)`` returns the ``(C, y1 - y0, x1 - x0)`` pixels of that region,
+        which lies inside ``shape``. Raises :class:`~phenoseq.errors.DataError` on a bad file.
+    """
+
+    pixel_size: float
+    shape: tuple[int, int]
+    read: Region
+
+
+@dataclass(frozen=True)
+class FieldImage:
+    """One field of view or section: a pyramid of levels, finest first, all of one dtype."""
+
+    levels: tuple[Level, ...]
+    dtype: np.dtype[np.generic]
+
+    def level_for(self, pixel_size: float) -> Level:
+        """Return the coarsest level that is at least as fine as ``pixel_size`` (micrometres).
+
+        The finest level is returned where every level is coarser.
+        """
+        fine = [level for level in self.levels if level.pixel_size <= pixel_size * 1.001]
+        return max(fine, key=lambda level: level.pixel_size) if fine else self.levels[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images and cells of one experiment, as every reader yields them.
+
+    Attributes
+    ----------
+    kind
+        Name of the layout, e.g. ``"xenium"``.
+    name
+        What to call it in messages: the folder, or the simulation.
+    channels
+        Canonical stain names (see :mod:`phenoseq.channels`), in the order of the image channels.
+    fields
+        Field images by name.
+    obs
+        One row a cell, indexed by the source's own cell ids (unique strings), with columns
+        ``field`` (a key of ``fields``), ``x_centroid`` and ``y_centroid`` (micrometres from the
+        field's upper left corner) and any ``Metadata_*``.
+    counts
+        Raw counts, ``(n_obs, n_vars)`` float32 CSR, or None for images without expression.
+    var
+        One row a gene, indexed by Ensembl id (the symbol where there is none), with a column
+        ``symbol``; None exactly where ``counts`` is.
+    identity
+        Hex digest that changes when cells, counts or pixel size change.
+    """
+
+    kind: str
+    name: str
+    channels: tuple[str, ...]
+    fields: Mapping[str, FieldImage]
+    obs: pd.DataFrame
+    counts: sparse.csr_matrix | None
+    var: pd.DataFrame | None
+    identity: str
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Pixel type of the images."""
+        return next(iter(self.fields.values())).dtype
+
+    @property
+    def pixel_size(self) -> float:
+        """Micrometres a pixel at full resolution."""
+        return next(iter(self.fields.values())).levels[0].pixel_size

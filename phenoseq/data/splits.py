@@ -1,0 +1,159 @@
+"""Splits by declared groups: no group stands on two sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from phenoseq.errors import DataError
+
+Part = Literal["train", "val", "cal", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
+#: Cells left out because their crop reaches into a block of another part.
+LEFT_OUT = "margin"
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How cells are divided into training, validation, calibration and test.
+
+    Groups are ordered by the sha256 of their name; the lowest share is the test part, the next
+    validation, the next calibration, the rest training. Nothing is drawn, so the same groups
+    always fall into the same parts.
+
+    Attributes
+    ----------
+    by
+        ``"block"`` for squares of tissue, or an ``obs`` column such as ``Metadata_Well``.
+    block
+        Side of a block in micrometres; only for blocks. Cells closer than half a crop to a block
+        of another part are left out.
+    test, val, cal
+        Shares of the groups.
+    """
+
+    by: str = "block"
+    block: float | None = 318.75
+    test: float = 0.2
+    val: float = 0.1
+    cal: float = 0.1
+
+    def __post_init__(self) -> None:
+        shares = (self.test, self.val, self.cal)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise DataError(f"split shares {shares} must be at least 0 and leave some training")
+        if (self.by == "block") != (self.block is not None):
+            raise DataError("a split by block needs 'block' in um, and only such a split has one")
+        if self.block is not None and self.block <= 0:
+            raise DataError(f"a block of {self.block} um is no block")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The part of every cell.
+
+    Attributes
+    ----------
+    part
+        ``"train"``, ``"val"``, ``"cal"``, ``"test"`` or ``"margin"`` (left out), ``(n_obs,)``.
+    group
+        Group of every cell, ``(n_obs,)``.
+    digest
+        Hex digest of the configuration and of the part of every group.
+    """
+
+    part: NDArray[np.str_]
+    group: NDArray[np.str_]
+    digest: str
+
+    def rows(self, part: str) -> NDArray[np.int64]:
+        """Return the positions of the cells of one part.
+
+        Raises
+        ------
+        DataError
+            Where the part is unknown or has no cells.
+        """
+        if part not in PARTS:
+            raise DataError(f"no part {part!r}; choose from {list(PARTS)}")
+        rows = np.flatnonzero(self.part == part)
+        if not len(rows):
+            raise DataError(
+                f"the {part} part has no cells: {len(np.unique(self.group))} groups are too few "
+                "for these shares, or every cell is within half a crop of another part"
+            )
+        return rows
+
+
+def make_split(
+    config: SplitConfig, obs: pd.DataFrame, *, crop_width: float, occupied: pd.DataFrame
+) -> Split:
+    """Divide cells into parts.
+
+    Parameters
+    ----------
+    config
+        How.
+    obs
+        Cells to divide, with the columns that the split needs.
+    crop_width
+        Width of a crop in micrometres; half of it is the margin of a block split.
+    occupied
+        All cells of the source, with the same columns: they say which groups there are.
+
+    Raises
+    ------
+    DataError
+        Where ``obs`` lacks the column.
+    """
+    if config.block is None:
+        names = _column(obs, config.by)
+        part_of = _assign(config, _column(occupied, config.by))
+        part = np.array([part_of[name] for name in names], dtype="<U8")
+        return Split(part, names, _digest(config, part_of))
+    names = _blocks(obs, config.block)
+    part_of = _assign(config, _blocks(occupied, config.block))
+    part = np.array([part_of[name] for name in names], dtype="<U8")
+    crossing = np.zeros(len(part), dtype=bool)
+    for dx in (-1, 0, 1):
+        for dy in (-1, 0, 1):
+            near = _blocks(obs, config.block, (dx * crop_width / 2, dy * crop_width / 2))
+            there = [part_of.get(n, p) for n, p in zip(near, part, strict=True)]
+            crossing |= np.array(there, dtype="<U8") != part
+    return Split(np.where(crossing, LEFT_OUT, part), names, _digest(config, part_of))
+
+
+def _column(obs: pd.DataFrame, name: str) -> NDArray[np.str_]:
+    if name not in obs:
+        raise DataError(f"split by {name!r}: cells have no such column, only {list(obs.columns)}")
+    return obs[name].astype(str).to_numpy(dtype=str)
+
+
+def _blocks(
+    obs: pd.DataFrame, block: float, shift: Sequence[float] = (0.0, 0.0)
+) -> NDArray[np.str_]:
+    x = np.floor((obs["x_centroid"].to_numpy() + shift[0]) / block).astype(int)
+    y = np.floor((obs["y_centroid"].to_numpy() + shift[1]) / block).astype(int)
+    names = [f"{i},{j}" for i, j in zip(x, y, strict=True)]
+    if "field" in obs and obs["field"].nunique() > 1:
+        names = [f"{f}:{name}" for f, name in zip(obs["field"], names, strict=True)]
+    return np.array(names, dtype=str)
+
+
+def _assign(config: SplitConfig, groups: NDArray[np.str_]) -> dict[str, str]:
+    names = sorted(np.unique(groups).tolist(), key=lambda n: hashlib.sha256(n.encode()).digest())
+    n_test, n_val, n_cal = (int(len(names) * s) for s in (config.test, config.val, config.cal))
+    parts = ["test"] * n_test + ["val"] * n_val + ["cal"] * n_cal
+    parts += ["train"] * (len(names) - len(parts))
+    return dict(zip(names, parts, strict=True))
+
+
+def _digest(config: SplitConfig, part_of: dict[str, str]) -> str:
+    text = repr((sorted(asdict(config).items()), sorted(part_of.items())))
+    return hashlib.sha256(text.encode()).hexdigest()

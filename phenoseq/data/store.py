@@ -1,0 +1,416 @@
+"""The store: one sharded Zarr v3 group of crops, expression and a manifest.
+
+Layout::
+
+    STORE.zarr/            attributes["phenoseq"]: the manifest
+        crops              (n_obs, C, crop_px, crop_px), chunks of cells inside shards
+        table/             AnnData: X raw counts, obs, var, obsm["spatial"] in micrometres
+        excluded/          data frame of the cells that are not in the store, and why
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import zarr
+from numpy.typing import NDArray
+
+from phenoseq._version import __version__
+from phenoseq.data.crops import iter_crops, outside
+from phenoseq.data.source import Source
+from phenoseq.errors import DataError
+
+SCHEMA_VERSION = 1
+#: Cells in a chunk (what is decoded at once) and in a shard (one file).
+CHUNK, SHARD = 64, 2048
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds; JSON in the attributes of its root group.
+
+    Attributes
+    ----------
+    schema_version
+        Version of this layout.
+    kind, source, identity
+        Layout, name and digest of the source (see :class:`~phenoseq.data.source.Source`).
+    pairing
+        ``"cell"``: image and counts are of the same cell.
+    channels
+        Canonical stain names, in the order of the crops' channels.
+    pixel_size, crop_px
+        Micrometres a pixel of the crops, and their side in pixels.
+    source_pixel_size, dtype
+        Micrometres a full-resolution pixel of the source, and its pixel type.
+    genes, symbols
+        The gene vocabulary, ids and symbols, in the order of the table's columns.
+    channel_stats
+        For each channel ``mean``, ``std``, ``p999`` (99.9th percentile) over the crops' pixels.
+    min_counts
+        Least counts of a cell in the store.
+    excluded
+        Cells of the source that are not in the store, by reason.
+    version
+        The phenoseq that wrote it.
+    """
+
+    schema_version: int
+    kind: str
+    source: str
+    identity: str
+    pairing: str
+    channels: tuple[str, ...]
+    pixel_size: float
+    crop_px: int
+    source_pixel_size: float
+    dtype: str
+    genes: tuple[str, ...]
+    symbols: tuple[str, ...]
+    channel_stats: dict[str, dict[str, float]]
+    min_counts: int
+    excluded: dict[str, int]
+    version: str
+
+    @property
+    def crop_width(self) -> float:
+        """Width of a crop in micrometres."""
+        return self.pixel_size * self.crop_px
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str) -> Self:
+        """Rebuild a manifest from JSON; :class:`DataError` where it is not one."""
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{where}: manifest of schema version {version}, this phenoseq reads "
+                f"{SCHEMA_VERSION}; run 'phenoseq prepare' again with this version"
+            )
+        try:
+            lists = {k: tuple(raw[k]) for k in ("channels", "genes", "symbols")}
+            return cls(**{**raw, **lists})
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{where}: broken manifest ({error}); prepare it again") from error
+
+
+class Store:
+    """A prepared store, opened for reading.
+
+    Attributes
+    ----------
+    path
+        Where it is.
+    manifest
+        What it holds.
+    crops
+        Zarr array ``(n_obs, C, H, W)``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a store.
+
+        Raises
+        ------
+        DataError
+            Where there is none, or it is not whole.
+        """
+        self.path = Path(path)
+        if not is_store(self.path):
+            raise DataError(
+                f"{self.path}: no phenoseq store; make one with "
+                f"'phenoseq prepare SOURCE {self.path.name}'"
+            )
+        group = zarr.open_group(self.path, mode="r")
+        self.manifest = Manifest.from_json(group.attrs["phenoseq"], str(self.path))
+        crops = group["crops"]
+        assert isinstance(crops, zarr.Array)
+        self.crops = crops
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return int(self.crops.shape[0])
+
+    def table(self) -> ad.AnnData:
+        """Return the expression table: raw counts (CSR), ``obs``, ``var``, ``obsm["spatial"]``."""
+        table: ad.AnnData = ad.read_zarr(self.path / "table")
+        return table
+
+    def all_cells(self) -> pd.DataFrame:
+        """Return field and position of every cell of the source, also those not in the store."""
+        obs = self.table().obs
+        excluded = ad.io.read_elem(zarr.open_group(self.path, mode="r")["excluded"])
+        shared = [name for name in obs.columns if name in excluded]
+        return pd.concat([obs[shared].astype(excluded[shared].dtypes), excluded[shared]])
+
+    def read(self, start: int, stop: int) -> NDArray[np.generic]:
+        """Return the crops of cells ``start`` to ``stop``, ``(n, C, H, W)``.
+
+        Raises
+        ------
+        DataError
+            Where a chunk is corrupt.
+        """
+        try:
+            return np.asarray(self.crops[start:stop])
+        except Exception as error:  # each codec has errors of its own
+            raise DataError(
+                f"{self.path}/crops: cells {start} to {stop} cannot be decoded ({error}); the "
+                "store is damaged: prepare it again"
+            ) from error
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.generic]:
+        """Return the crops of ``rows`` in that order, reading each chunk once."""
+        size = int(self.crops.chunks[0])
+        out = np.empty((len(rows), *self.crops.shape[1:]), dtype=self.crops.dtype)
+        for chunk in np.unique(rows // size):
+            some = np.flatnonzero(rows // size == chunk)
+            out[some] = self.read(chunk * size, min((chunk + 1) * size, len(self)))[
+                rows[some] - chunk * size
+            ]
+        return out
+
+
+def is_store(path: str | Path) -> bool:
+    """Tell whether a whole phenoseq store is at ``path``."""
+    path = Path(path)
+    if not (path / "zarr.json").exists():
+        return False
+    return "phenoseq" in zarr.open_group(path, mode="r").attrs
+
+
+def write_store(
+    source: Source,
+    path: str | Path,
+    *,
+    pixel_size: float = 0.425,
+    crop_px: int = 64,
+    min_counts: int = 20,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Store:
+    """Write a source with expression as a store, whole or not at all.
+
+    Cells outside the image, cut by its border, without counts, or with fewer than ``min_counts``
+    are left out; they stand in ``excluded`` with the reason, and their number in the manifest.
+
+    Parameters
+    ----------
+    source
+        Images, cells and counts.
+    path
+        Where to write. Nothing is there until all is written.
+    pixel_size, crop_px
+        Micrometres a pixel of the crops, and their side in pixels.
+    min_counts
+        Least counts of a cell.
+    overwrite
+        Replace what is there, once the new store is whole.
+    progress
+        Called with (cells done, cells in all).
+
+    Raises
+    ------
+    DataError
+        Where the source has no counts, no cell is left, something is at ``path``, an image
+        cannot be read, or the disk is full.
+    """
+    path = Path(path)
+    if source.counts is None or source.var is None:
+        raise DataError(
+            f"{source.name}: no count matrix, so there is nothing to train on; to predict, give "
+            "this source to 'phenoseq predict' as it is"
+        )
+    if path.exists() and not overwrite:
+        raise DataError(f"{path}: exists already; remove it, or use --overwrite")
+    reason = _exclusions(source, pixel_size, crop_px, min_counts)
+    keep = reason == ""
+    if not keep.any():
+        why = pd.Series(reason).value_counts().to_dict()
+        raise DataError(f"{source.name}: no cell is left to store; all are left out: {why}")
+    with _whole_or_nothing(path) as partial:
+        group = zarr.create_group(partial, zarr_format=3)
+        rows, stats = _write_crops(source, keep, group, pixel_size, crop_px, progress)
+        obs = source.obs.iloc[rows].copy()
+        obs["total_counts"] = np.asarray(source.counts[rows].sum(axis=1)).ravel()
+        table = ad.AnnData(
+            source.counts[rows],
+            obs=obs,
+            var=source.var,
+            obsm={"spatial": obs[["x_centroid", "y_centroid"]].to_numpy(np.float64)},
+        )
+        excluded = source.obs[~keep].copy()
+        excluded["reason"] = reason[~keep]
+        with ad.settings.override(zarr_write_format=3):
+            ad.io.write_elem(group, "table", table)
+            ad.io.write_elem(group, "excluded", excluded)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            kind=source.kind,
+            source=Path(source.name).name,
+            identity=source.identity,
+            pairing="cell",
+            channels=source.channels,
+            pixel_size=pixel_size,
+            crop_px=crop_px,
+            source_pixel_size=source.pixel_size,
+            dtype=source.dtype.name,
+            genes=tuple(source.var.index),
+            symbols=tuple(source.var["symbol"]),
+            channel_stats=dict(zip(source.channels, stats, strict=True)),
+            min_counts=min_counts,
+            excluded={str(k): int(v) for k, v in excluded["reason"].value_counts().items()},
+            version=__version__,
+        )
+        group.attrs["phenoseq"] = asdict(manifest)
+    return Store(path)
+
+
+def _exclusions(
+    source: Source, pixel_size: float, crop_px: int, min_counts: int
+) -> NDArray[np.str_]:
+    """Return why each cell is left out, empty where it is kept."""
+    assert source.counts is not None
+    total = np.asarray(source.counts.sum(axis=1)).ravel()
+    half = pixel_size * crop_px / 2
+    x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
+    size = {
+        name: (image.levels[0].shape[1], image.levels[0].shape[0])
+        for name, image in source.fields.items()
+    }
+    limit = source.obs["field"].map(size)
+    width = np.array([w for w, _ in limit]) * source.pixel_size
+    height = np.array([h for _, h in limit]) * source.pixel_size
+    border = (x < half) | (y < half) | (x > width - half) | (y > height - half)
+    conditions = {
+        "outside the image": outside(source),
+        "cut by the border": border,
+        "no counts": total == 0,
+        f"fewer than {min_counts} counts": total < min_counts,
+    }
+    return np.select(list(conditions.values()), list(conditions), default="")
+
+
+def _write_crops(
+    source: Source,
+    keep: NDArray[np.bool_],
+    group: zarr.Group,
+    pixel_size: float,
+    crop_px: int,
+    progress: Progress | None,
+) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
+    """Write the crops of the kept cells shard by shard; return their rows and channel stats."""
+    total, n_channels = int(keep.sum()), len(source.channels)
+    shape = (n_channels, crop_px, crop_px)
+    array = group.create_array(
+        "crops",
+        shape=(total, *shape),
+        chunks=(CHUNK, *shape),
+        shards=(SHARD, *shape),
+        dtype=source.dtype,
+        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+        dimension_names=("cell", "channel", "y", "x"),
+    )
+    buffer = np.empty((SHARD, *shape), dtype=source.dtype)
+    rows = np.empty(total, dtype=np.int64)
+    histogram = _Histogram(n_channels, source.dtype)
+    done = filled = 0
+    kept = _restrict(source, keep)
+    original = np.flatnonzero(keep)
+    for batch in iter_crops(kept, pixel_size, crop_px):
+        histogram.add(batch.images)
+        at = 0
+        while at < len(batch.rows):
+            n = min(SHARD - filled, len(batch.rows) - at)
+            buffer[filled : filled + n] = batch.images[at : at + n]
+            rows[done + filled : done + filled + n] = original[batch.rows[at : at + n]]
+            filled, at = filled + n, at + n
+            if filled == SHARD or done + filled == total:
+                array[done : done + filled] = buffer[:filled]
+                done, filled = done + filled, 0
+        if progress is not None:
+            progress(done + filled, total)
+    return rows, histogram.stats()
+
+
+def _restrict(source: Source, keep: NDArray[np.bool_]) -> Source:
+    from dataclasses import replace
+
+    return replace(source, obs=source.obs[keep], counts=None, var=None)
+
+
+class _Histogram:
+    """Counts pixel values of each channel, so that percentiles need no second pass."""
+
+    BINS = 4096
+
+    def __init__(self, n_channels: int, dtype: np.dtype[np.generic]) -> None:
+        top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
+        self._step = max((float(top) + 1) / self.BINS, 1.0) if top > 1 else 1.0 / self.BINS
+        self._counts = np.zeros((n_channels, self.BINS), dtype=np.int64)
+        self._sum = np.zeros(n_channels)
+        self._square = np.zeros(n_channels)
+
+    def add(self, images: NDArray[np.generic]) -> None:
+        for c in range(images.shape[1]):
+            values = images[:, c].ravel()
+            bins = np.clip((values / self._step).astype(np.int64), 0, self.BINS - 1)
+            self._counts[c] += np.bincount(bins, minlength=self.BINS)
+            self._sum[c] += values.sum(dtype=np.float64)
+            self._square[c] += np.square(values, dtype=np.float64).sum()
+
+    def stats(self) -> list[dict[str, float]]:
+        n = self._counts.sum(axis=1)
+        mean = self._sum / n
+        std = np.sqrt(np.maximum(self._square / n - mean**2, 0))
+        reached = np.cumsum(self._counts, axis=1) >= 0.999 * n[:, None]
+        p999 = np.argmax(reached, axis=1) * self._step
+        return [
+            {"mean": float(m), "std": float(s), "p999": float(p)}
+            for m, s, p in zip(mean, std, p999, strict=True)
+        ]
+
+
+@contextmanager
+def _whole_or_nothing(path: Path) -> Iterator[Path]:
+    """Give a folder beside ``path`` to write to, which becomes ``path`` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.partial-*"):
+        if not _alive(int(stale.name.rpartition("-")[2])):
+            shutil.rmtree(stale, ignore_errors=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise DataError(
+                f"{path}: the disk is full ({free / 1e9:.1f} GB free); nothing was written. Free "
+                "some space or write elsewhere, and run it again"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

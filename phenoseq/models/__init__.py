@@ -1,0 +1,1 @@
+"""Networks and mathematics: encoder, denoiser, diffusion, expression space. No Lightning, no data."""

@@ -1,0 +1,132 @@
+"""Morphology encoder: crops with named stains -> context tokens, on a timm backbone."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+import timm
+import torch
+from einops import rearrange
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from phenoseq.errors import ModelError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A timm backbone and how stains enter it.
+
+    Attributes
+    ----------
+    backbone
+        Name of a timm architecture.
+    channel_mode
+        ``"joint"``: one stem over all stains (cheapest). ``"separate"``: one stain at a time
+        through a shared stem, with a learned stain embedding; a missing stain then has no tokens.
+    norm
+        ``"group"``: batch norms of the backbone become group norms, which do not depend on the
+        batch or the number of devices. ``"batch"`` keeps them, for pretrained weights.
+    """
+
+    backbone: str = "regnetx_002"
+    channel_mode: Literal["joint", "separate"] = "joint"
+    norm: Literal["group", "batch"] = "group"
+
+
+class Encoder(nn.Module):
+    """Crops to context tokens.
+
+    Parameters
+    ----------
+    config
+        Backbone and channel mode.
+    n_channels
+        Stains of the model.
+    crop_px
+        Side of its crops in pixels.
+    dim
+        Width of the tokens.
+
+    Raises
+    ------
+    ModelError
+        Where timm knows no such backbone.
+    """
+
+    def __init__(self, config: EncoderConfig, n_channels: int, crop_px: int, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.separate = config.channel_mode == "separate"
+        self.backbone = _backbone(config, 1 if self.separate else n_channels, crop_px)
+        with torch.inference_mode():
+            probe = torch.zeros(1, 1 if self.separate else n_channels, crop_px, crop_px)
+            n_tokens, width = self._tokens(probe).shape[1:]
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+        self.position = nn.Parameter(torch.randn(n_tokens, dim) * 0.02)
+        self.stain = nn.Parameter(torch.randn(n_channels, dim) * 0.02)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode crops.
+
+        Parameters
+        ----------
+        images
+            Standardised crops, float ``(B, C, H, W)``.
+        present
+            Which stains each crop has, bool ``(B, C)``; the others are ignored.
+
+        Returns
+        -------
+        Tokens ``(B, N, dim)`` and which of them to attend to, bool ``(B, N)``.
+        """
+        images = images * present[:, :, None, None]
+        if not self.separate:
+            marks = (present.to(self.stain.dtype) @ self.stain)[:, None]
+            tokens = self.project(self._tokens(images)) + self.position + marks
+            keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            return self.norm(tokens), keep
+        n_channels = images.shape[1]
+        flat = self.project(self._tokens(rearrange(images, "b c h w -> (b c) 1 h w")))
+        tokens = rearrange(flat + self.position, "(b c) n d -> b c n d", c=n_channels)
+        tokens = rearrange(tokens + self.stain[:, None], "b c n d -> b (c n) d")
+        return self.norm(tokens), present.repeat_interleave(len(self.position), dim=1)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        features: Tensor = self.backbone.forward_features(  # type: ignore[operator]
+            images.contiguous(memory_format=torch.channels_last)
+        )
+        if features.ndim == 3:
+            return features
+        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
+            return rearrange(features, "b h w f -> b (h w) f")
+        return rearrange(features, "b f h w -> b (h w) f")
+
+
+def _backbone(config: EncoderConfig, in_chans: int, crop_px: int) -> nn.Module:
+    if not timm.is_model(config.backbone):
+        near = difflib.get_close_matches(config.backbone, timm.list_models(), n=3)
+        raise ModelError(f"timm has no model {config.backbone!r}; near it are {near}")
+    defaults = timm.get_pretrained_cfg(config.backbone)
+    fixed = {"img_size": crop_px} if defaults and defaults.fixed_input_size else {}
+    backbone = timm.create_model(config.backbone, in_chans=in_chans, num_classes=0, **fixed)
+    if config.norm == "group":
+        _use_group_norm(backbone)
+    return backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _use_group_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            groups = max(child.num_features // 8, 1)
+            while child.num_features % groups:
+                groups -= 1
+            norm: nn.Module = nn.GroupNorm(groups, child.num_features)
+            if isinstance(child, BatchNormAct2d):
+                norm = nn.Sequential(norm, child.drop, child.act)
+            setattr(module, name, norm)
+        else:
+            _use_group_norm(child)

@@ -1,0 +1,185 @@
+"""The expression space: counts <-> the latent that the diffusion model generates.
+
+A cell's counts become the leading principal components of its log1p-normalised expression,
+standardised, with its standardised log library size as the last number. A small network turns a
+latent back into the rate of every gene (positive, summing to one), fitted by negative-binomial
+likelihood, so that counting noise belongs to the decoder and not to the latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+
+from phenoseq.errors import DataError
+from phenoseq.models.counts import nb_log_likelihood
+
+#: Cells with at least this many counts say what the median library is.
+MIN_LIBRARY = 20
+
+
+@dataclass(frozen=True)
+class ExpressionConfig:
+    """Genes and sizes of an expression space.
+
+    Attributes
+    ----------
+    genes, symbols
+        Ensembl id (symbol where there is none) and symbol of every gene, in order.
+    components
+        Principal components in the latent; the latent has one number more.
+    hidden
+        Width of the decoder.
+    median_library
+        Median counts of the training cells with 20 counts or more.
+    """
+
+    genes: tuple[str, ...]
+    symbols: tuple[str, ...]
+    components: int = 32
+    hidden: int = 256
+    median_library: float = 1.0
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers in the latent."""
+        return self.components + 1
+
+
+class ExpressionSpace(nn.Module):
+    """Encodes counts to latents and decodes latents to rates, library sizes and dispersions."""
+
+    mean: Tensor
+    axes: Tensor
+    spread: Tensor
+    library: Tensor
+    log_theta: Tensor
+
+    def __init__(self, config: ExpressionConfig) -> None:
+        super().__init__()
+        self.config = config
+        genes, k = len(config.genes), config.components
+        self.register_buffer("mean", torch.zeros(genes))
+        self.register_buffer("axes", torch.zeros(k, genes))
+        self.register_buffer("spread", torch.ones(k))
+        #: mean, std, lowest and highest log library size of the training cells
+        self.register_buffer("library", torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        self.decoder = nn.Sequential(
+            nn.Linear(k, config.hidden), nn.SiLU(), nn.Linear(config.hidden, genes)
+        )
+        self.log_theta = nn.Parameter(torch.zeros(genes))
+        self.requires_grad_(False)
+
+    def encode(self, counts: Tensor) -> Tensor:
+        """Turn raw counts ``(..., g)`` into latents ``(..., D)``, both float."""
+        total = counts.sum(-1, keepdim=True).clamp(min=1)
+        scaled = torch.log1p(counts / total * self.config.median_library)
+        scores = (scaled - self.mean) @ self.axes.T / self.spread
+        library = (total.log() - self.library[0]) / self.library[1]
+        return torch.cat([scores, library], dim=-1)
+
+    def decode(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn latents ``(..., D)`` into rates ``(..., g)``, summing to 1, and library ``(...)``.
+
+        The library size is held within that of the training cells.
+        """
+        rates = torch.softmax(self.decoder(latent[..., :-1]), dim=-1)
+        log_library = self.library[0] + self.library[1] * latent[..., -1]
+        return rates, log_library.clamp(self.library[2], self.library[3]).exp()
+
+    @property
+    def theta(self) -> Tensor:
+        """Dispersion of every gene, ``(g,)``."""
+        return self.log_theta.exp()
+
+    @property
+    def weight(self) -> Tensor:
+        """Weights ``(D,)`` of the latent's errors, mean 1: the deviation that each number carries."""
+        spread = torch.cat([self.spread, self.spread.mean()[None]])
+        return spread / spread.mean()
+
+
+def fit_expression_space(
+    counts: sparse.csr_matrix,
+    genes: tuple[str, ...],
+    symbols: tuple[str, ...],
+    *,
+    components: int = 32,
+    hidden: int = 256,
+    epochs: int = 20,
+    seed: int = 0,
+) -> ExpressionSpace:
+    """Fit an expression space to training cells.
+
+    Parameters
+    ----------
+    counts
+        Raw counts of the training cells, ``(n, g)``.
+    genes, symbols
+        Ids and symbols of the g genes.
+    components, hidden, epochs, seed
+        Size of the latent and of the decoder, passes over the cells, and seed of its fit.
+
+    Raises
+    ------
+    DataError
+        Where there are fewer cells or genes than components.
+    """
+    n, g = counts.shape
+    if min(n, g) <= components:
+        raise DataError(
+            f"{n} training cells and {g} genes are too few for a latent of {components} "
+            "components; set 'components' lower, or give more cells"
+        )
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    if total.min() < 1:
+        raise DataError("a training cell has no counts; leave such cells out of the store")
+    rich = total[total >= MIN_LIBRARY]
+    median = float(np.median(rich if len(rich) else total))
+    space = ExpressionSpace(ExpressionConfig(genes, symbols, components, hidden, median))
+    scaled = counts.multiply(median / total[:, None]).tocsr()
+    scaled.data = np.log1p(scaled.data)
+    mean = np.asarray(scaled.mean(axis=0)).ravel()
+    covariance = (scaled.T @ scaled).toarray() / n - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(covariance.astype(np.float64))
+    order = np.argsort(values)[::-1][:components]
+    vectors = vectors[:, order] * np.sign(vectors[np.abs(vectors[:, order]).argmax(0), order])
+    log_total = np.log(total)
+    space.mean.copy_(torch.from_numpy(mean))
+    space.axes.copy_(torch.from_numpy(vectors.T))
+    space.spread.copy_(torch.from_numpy(np.sqrt(np.maximum(values[order], 1e-8))))
+    low, high = np.quantile(log_total, [0.001, 0.999])
+    spread = max(float(log_total.std()), 1e-3)
+    space.library.copy_(torch.tensor([log_total.mean(), spread, low, high]))
+    with torch.no_grad():
+        overall = np.asarray(counts.sum(axis=0)).ravel() + 0.5
+        space.decoder[2].bias.copy_(torch.from_numpy(np.log(overall / overall.sum())))  # type: ignore[operator]
+        space.decoder[2].weight.mul_(0.1)  # type: ignore[operator]
+    _fit_decoder(space, counts, epochs, seed)
+    return space
+
+
+def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batch = 512
+    steps = epochs * max(counts.shape[0] // batch, 1)
+    space.requires_grad_(True)
+    optimiser = torch.optim.Adam(space.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        rows = torch.randint(counts.shape[0], (batch,), generator=generator).numpy()
+        some = torch.from_numpy(counts[rows].toarray()).float()
+        rates, _ = space.decode(space.encode(some))
+        mu = rates * some.sum(1, keepdim=True) + 1e-8
+        loss = -nb_log_likelihood(some, mu, space.theta).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            space.log_theta.clamp_(-4.0, 8.0)
+    space.requires_grad_(False)

@@ -1,0 +1,189 @@
+"""The model: encoder, denoiser, diffusion path and expression space, composed; saved and loaded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from phenoseq.errors import ModelError
+from phenoseq.models.config import PhenoSeqConfig, TrainingRecord
+from phenoseq.models.denoiser import Denoiser, Memory
+from phenoseq.models.diffusion import guided, make_path, sample
+from phenoseq.models.encoder import Encoder
+from phenoseq.models.expression import ExpressionSpace
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class PhenoSeq(nn.Module):
+    """Predicts the expression of cells from their images.
+
+    Parameters
+    ----------
+    config
+        Everything besides the weights.
+    expression
+        A fitted expression space; by default an empty one, to load weights into.
+
+    Attributes
+    ----------
+    context_mean, context_whiten
+        ``(dim,)`` and ``(dim, dim)``: mean of the training cells' pooled contexts, and the map that
+        gives them unit covariance; the out-of-distribution score is the distance there.
+    """
+
+    image_mean: Tensor
+    image_std: Tensor
+    context_mean: Tensor
+    context_whiten: Tensor
+
+    def __init__(self, config: PhenoSeqConfig, expression: ExpressionSpace | None = None) -> None:
+        super().__init__()
+        self.config = config
+        image, dim = config.image, config.denoiser.dim
+        self.path = make_path(config.diffusion.path)
+        self.encoder = Encoder(config.encoder, len(image.channels), image.crop_px, dim)
+        self.denoiser = Denoiser(config.denoiser, config.expression.latent_dim)
+        self.expression = expression or ExpressionSpace(config.expression)
+        mean, std = torch.tensor(image.mean), torch.tensor(image.std)
+        self.register_buffer("image_mean", mean[:, None, None], persistent=False)
+        self.register_buffer("image_std", std[:, None, None], persistent=False)
+        self.register_buffer("context_mean", torch.zeros(dim))
+        self.register_buffer("context_whiten", torch.eye(dim))
+
+    def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode crops to context tokens.
+
+        Parameters
+        ----------
+        images
+            Raw pixels in the scale of the training images, ``(B, C, H, W)``, any dtype.
+        present
+            Which stains there are, bool ``(B, C)``; all by default.
+
+        Returns
+        -------
+        Tokens ``(B, N, dim)``, and which of them to attend to, bool ``(B, N)``.
+        """
+        scaled = (images.float() - self.image_mean) / self.image_std
+        if present is None:
+            present = torch.ones(scaled.shape[:2], dtype=torch.bool, device=scaled.device)
+        tokens, keep = self.encoder(scaled, present)
+        return tokens, keep
+
+    def generate(
+        self,
+        context: tuple[Tensor, Tensor],
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Turn noise into latents of the cells with this context.
+
+        Parameters
+        ----------
+        context
+            From :meth:`encode`, of B cells.
+        noise
+            Standard normal, ``(B, K, D)``: K draws a cell.
+        steps
+            Evaluations of the denoiser; the model's own number by default.
+        guidance
+            Classifier-free weight; other than 1 it changes the spread of the draws.
+
+        Returns
+        -------
+        Latents ``(B, K, D)``.
+        """
+        how = self.config.diffusion
+        conditional = self.denoiser.remember(*context)
+        unconditional = conditional
+        if guidance != 1:
+            drop = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
+            unconditional = self.denoiser.remember(*context, drop)
+        return sample(
+            guided(self._given(conditional), self._given(unconditional), guidance),
+            noise,
+            path=self.path,
+            output=how.output,
+            sampler=how.sampler,
+            steps=steps or how.steps,
+        )
+
+    def _given(self, memory: Memory):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        def denoise(x: Tensor, t: float) -> Tensor:
+            out: Tensor = self.denoiser(x, torch.tensor(t, device=x.device), memory)
+            return out
+
+        return denoise
+
+    def strangeness(self, context: tuple[Tensor, Tensor]) -> Tensor:
+        """Return how far each context lies from those of training cells, ``(B,)``, about 1 inside.
+
+        The Mahalanobis distance of the pooled context, over the square root of its width.
+        """
+        away = (pool(*context) - self.context_mean) @ self.context_whiten
+        return away.square().mean(dim=1).sqrt()
+
+    def with_record(self, training: TrainingRecord) -> Self:
+        """Return this model with another training record."""
+        self.config = replace(self.config, training=training)
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as partial:
+            save_file(tensors, Path(partial) / WEIGHTS, metadata={"format": "pt"})
+            (Path(partial) / CONFIG).write_text(self.config.to_json())
+            for name in (WEIGHTS, CONFIG):
+                os.replace(Path(partial) / name, folder / name)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Rebuild a model from its folder, in evaluation mode, on the CPU.
+
+        Raises
+        ------
+        ModelError
+            Where a file is missing, broken, or holds other tensors than the configuration asks for.
+        """
+        folder = Path(folder)
+        pickles = [p.name for p in folder.glob("*") if p.suffix in (".pt", ".ckpt", ".pth", ".pkl")]
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).exists():
+                hint = (
+                    f"; {pickles} are pickles, which phenoseq never opens: save the model with "
+                    "'model.save(folder)'"
+                    if pickles
+                    else ""
+                )
+                raise ModelError(f"{folder}: no {name} there, so it is no phenoseq model{hint}")
+        config = PhenoSeqConfig.from_json((folder / CONFIG).read_text(), str(folder / CONFIG))
+        model = cls(config)
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(
+                f"{folder / WEIGHTS}: does not hold the weights of its config ({error}); "
+                "download or save the model again"
+            ) from error
+        return model.eval()
+
+
+def pool(tokens: Tensor, keep: Tensor) -> Tensor:
+    """Average the tokens that count, ``(B, N, dim)`` and ``(B, N)`` -> ``(B, dim)``."""
+    weight = keep[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -1,0 +1,71 @@
+"""``phenoseq train``: LightningCLI over the module and the datamodule, and the model it leaves."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.training.callbacks import WarmEMA
+from phenoseq.training.finalise import finalise
+from phenoseq.training.module import PhenoSeqModule
+
+
+class _CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--out", type=str | None, default=None, help="folder of the trained model"
+        )
+        parser.add_argument("--ema", type=float, default=0.999, help="decay of the mean weights")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.set_defaults({"trainer.enable_progress_bar": sys.stderr.isatty()})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        root = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
+        kwargs.setdefault("logger", CSVLogger(root, name="", version=""))
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(WarmEMA(self._get(self.config_init, "ema")))
+        trainer.callbacks.append(
+            ModelCheckpoint(root / "checkpoints", filename="last", enable_version_counter=False)
+        )
+        return trainer
+
+
+def train(args: Sequence[str]) -> Path:
+    """Train as the arguments of ``phenoseq train`` say, continuing where a killed run stopped.
+
+    Returns
+    -------
+    The folder of the trained model, which
+    :func:`~phenoseq.zoo.registry.load_model` reads.
+    """
+    warnings.filterwarnings("ignore", message=".*configure_model.*WeightAveraging.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    cli = _CLI(
+        PhenoSeqModule,
+        StoreDataModule,
+        args=list(args),
+        run=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+    )
+    root = Path(cli.trainer.default_root_dir)
+    last = root / "checkpoints" / "last.ckpt"
+    cli.trainer.fit(
+        cli.model,
+        datamodule=cli.datamodule,
+        ckpt_path=last if last.exists() else None,
+        weights_only=False if last.exists() else None,
+    )
+    out = Path(cli.config.out or root / "model")
+    if cli.trainer.is_global_zero:
+        finalise(cli.model.model.cpu().float(), cli.datamodule).save(out)
+    return out
