@@ -1,1 +1,50 @@
-"""tmp"""
+"""Single-cell gene expression from microscope images.
+
+Names are imported when first used, so that ``import phenoseq`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from phenoseq._version import __version__
+from phenoseq.errors import DataError, ModelError, PhenoseqError
+
+if TYPE_CHECKING:
+    from phenoseq.api import evaluate, predict
+    from phenoseq.data.store import Store
+    from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.zoo.registry import list_models, load_model
+
+_LAZY = {
+    "PhenoSeq": "phenoseq.models.phenoseq",
+    "Store": "phenoseq.data.store",
+    "evaluate": "phenoseq.api",
+    "list_models": "phenoseq.zoo.registry",
+    "load_model": "phenoseq.zoo.registry",
+    "predict": "phenoseq.api",
+}
+
+__all__ = [
+    "DataError",
+    "ModelError",
+    "PhenoSeq",
+    "PhenoseqError",
+    "Store",
+    "__version__",
+    "evaluate",
+    "list_models",
+    "load_model",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'phenoseq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,3 +16,7 @@ class DataError(PhenoseqError):
 
 class ModelError(PhenoseqError):
     """A model that is unknown, unreadable, or does not fit the data given to it."""
+
+
+class PhenoseqWarning(UserWarning):
+    """Something that makes a result worse than it could be, and is recorded in it."""

@@ -101,6 +101,7 @@ class StoreDataModule(L.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
+            workers=max(self.num_workers, 1),
         )
         return DataLoader(
             stream,

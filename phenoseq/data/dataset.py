@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from phenoseq.data.store import Store
+from phenoseq.errors import DataError
 
 Batch = dict[str, Tensor]
 
@@ -23,7 +24,8 @@ class CellStream(IterableDataset[Batch]):
 
     Chunks are read whole, in an order that depends on (seed, epoch) alone and is divided over ranks
     and workers; cells are shuffled within a window of chunks. The store is opened where it is read,
-    so that the stream can be sent to a worker.
+    so that the stream can be sent to a worker; which rank this is, it asks when it is made, since a
+    worker does not know.
 
     Parameters
     ----------
@@ -37,11 +39,13 @@ class CellStream(IterableDataset[Batch]):
         Cells a batch.
     shuffle
         False keeps the store's order and every cell. True shuffles, and gives every rank and worker
-        the same number of full batches, so that no rank waits for another.
+        the same number of full batches in every epoch, so that no rank waits for another.
     seed
         Of the order.
     window
         Chunks in memory at once, among whose cells is shuffled.
+    workers
+        Processes that will read, of which the number of batches depends.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class CellStream(IterableDataset[Batch]):
         shuffle: bool,
         seed: int = 0,
         window: int = 64,
+        workers: int = 1,
     ) -> None:
         super().__init__()
         self.store = Path(store)
@@ -63,6 +68,8 @@ class CellStream(IterableDataset[Batch]):
         self.shuffle = shuffle
         self.seed = seed
         self.window = window
+        self.workers = workers
+        self.world, self.rank = _world(), _rank()
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,40 +78,29 @@ class CellStream(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Return the number of batches of one rank."""
-        worker = get_worker_info()
-        shares = self._shares(_world(), worker.num_workers if worker else 1)
-        if self.shuffle:
-            return min(sum(map(len, s)) for s in shares) // self.batch_size * (len(shares) // _world())
-        rank = dist.get_rank() if _world() > 1 else 0
-        return sum(-(-sum(map(len, s)) // self.batch_size) for s in shares[rank :: _world()])
+        shares = self._shares(self.workers)[self.rank :: self.world]
+        return sum(-(-sum(map(len, share)) // self.batch_size) for share in shares)
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over the batches of this rank and worker."""
         worker = get_worker_info()
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        world = _world()
-        rank = dist.get_rank() if world > 1 else 0
-        shares = self._shares(world, workers)
-        share = shares[worker_id * world + rank]
-        quota = min(sum(map(len, s)) for s in shares) // self.batch_size if self.shuffle else None
-        rng = np.random.default_rng([self.seed, self.epoch, rank, worker_id])
+        share = self._shares(workers)[worker_id * self.world + self.rank]
+        rng = np.random.default_rng([self.seed, self.epoch, self.rank, worker_id])
         store = Store(self.store)
         waiting: tuple[NDArray[np.int64], NDArray[np.generic]] | None = None
-        made = 0
         for start in range(0, len(share), self.window):
             rows = np.concatenate(share[start : start + self.window])
             images = store.take(rows)
             if waiting is not None:
-                rows, images = np.concatenate([waiting[0], rows]), np.concatenate([waiting[1], images])
+                rows = np.concatenate([waiting[0], rows])
+                images = np.concatenate([waiting[1], images])
             order = rng.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
             last = start + self.window >= len(share)
-            stop = len(rows) if last and not self.shuffle else len(rows) - len(rows) % self.batch_size
+            stop = len(rows) if last else len(rows) - len(rows) % self.batch_size
             for at in range(0, stop, self.batch_size):
-                if made == quota:
-                    return
                 some = order[at : at + self.batch_size]
                 yield self._batch(rows[some], images[some])
-                made += 1
             waiting = (rows[order[stop:]], images[order[stop:]])
 
     def _batch(self, rows: NDArray[np.int64], images: NDArray[np.generic]) -> Batch:
@@ -116,17 +112,34 @@ class CellStream(IterableDataset[Batch]):
             "rows": torch.from_numpy(rows),
         }
 
-    def _shares(self, world: int, workers: int) -> list[list[NDArray[np.int64]]]:
-        """Divide the chunks, each as its cells, over workers and ranks."""
+    def _shares(self, workers: int) -> list[list[NDArray[np.int64]]]:
+        """Divide the cells, chunk by chunk, over ranks and workers.
+
+        Shuffled, every share has the same number of full batches, whatever the epoch.
+        """
         chunk = int(Store(self.store).crops.chunks[0])
-        edges = np.flatnonzero(np.diff(self.rows // chunk)) + 1
-        chunks = np.split(self.rows, edges)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(chunks))
-            chunks = [chunks[i] for i in order]
-        n = world * workers
-        return [chunks[i::n] for i in range(n)]
+        n = self.world * workers
+        chunks = _by_chunk(self.rows, chunk)
+        if not self.shuffle:
+            return [chunks[i::n] for i in range(n)]
+        size = len(self.rows) // (n * self.batch_size) * self.batch_size
+        if not size:
+            raise DataError(
+                f"{self.store}: {len(self.rows)} cells give no full batch of {self.batch_size} to "
+                f"each of {n} readers (devices x workers); use smaller batches or fewer readers"
+            )
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(chunks))
+        rows = np.concatenate([chunks[i] for i in order])
+        return [_by_chunk(rows[i * size : (i + 1) * size], chunk) for i in range(n)]
+
+
+def _by_chunk(rows: NDArray[np.int64], chunk: int) -> list[NDArray[np.int64]]:
+    return np.split(rows, np.flatnonzero(np.diff(rows // chunk)) + 1)
 
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _world() > 1 else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -117,13 +118,16 @@ def make_split(
         part_of = _assign(config, _column(occupied, config.by))
         part = np.array([part_of[name] for name in names], dtype="<U8")
         return Split(part, names, _digest(config, part_of))
-    names = _blocks(obs, config.block)
-    part_of = _assign(config, _blocks(occupied, config.block))
+    named = "field" in occupied and len(occupied["field"].unique()) > 1
+    names = _blocks(obs, config.block, named=named)
+    part_of = _assign(config, _blocks(occupied, config.block, named=named))
     part = np.array([part_of[name] for name in names], dtype="<U8")
     crossing = np.zeros(len(part), dtype=bool)
-    for dx in (-1, 0, 1):
-        for dy in (-1, 0, 1):
-            near = _blocks(obs, config.block, (dx * crop_width / 2, dy * crop_width / 2))
+    half = crop_width / 2
+    steps = np.linspace(-half, half, 2 * max(math.ceil(half / config.block), 1) + 1)
+    for dx in steps:  # closer than a block, so that no block under the crop is passed over
+        for dy in steps:
+            near = _blocks(obs, config.block, (dx, dy), named=named)
             there = [part_of.get(n, p) for n, p in zip(near, part, strict=True)]
             crossing |= np.array(there, dtype="<U8") != part
     return Split(np.where(crossing, LEFT_OUT, part), names, _digest(config, part_of))
@@ -136,12 +140,12 @@ def _column(obs: pd.DataFrame, name: str) -> NDArray[np.str_]:
 
 
 def _blocks(
-    obs: pd.DataFrame, block: float, shift: Sequence[float] = (0.0, 0.0)
+    obs: pd.DataFrame, block: float, shift: Sequence[float] = (0.0, 0.0), *, named: bool
 ) -> NDArray[np.str_]:
     x = np.floor((obs["x_centroid"].to_numpy() + shift[0]) / block).astype(int)
     y = np.floor((obs["y_centroid"].to_numpy() + shift[1]) / block).astype(int)
     names = [f"{i},{j}" for i, j in zip(x, y, strict=True)]
-    if "field" in obs and obs["field"].nunique() > 1:
+    if named:
         names = [f"{f}:{name}" for f, name in zip(obs["field"], names, strict=True)]
     return np.array(names, dtype=str)
 

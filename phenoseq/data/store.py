@@ -11,6 +11,8 @@ Layout::
 from __future__ import annotations
 
 import errno
+import glob
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ SCHEMA_VERSION = 1
 #: Cells in a chunk (what is decoded at once) and in a shard (one file).
 CHUNK, SHARD = 64, 2048
 Progress = Callable[[int, int], None]
+_DAMAGED = "the store is damaged: copy it again, or prepare it again"
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,16 @@ class Store:
             )
         group = zarr.open_group(self.path, mode="r")
         self.manifest = Manifest.from_json(group.attrs["phenoseq"], str(self.path))
+        for name in ("crops", "table", "excluded"):
+            if name not in group:
+                raise DataError(f"{self.path}/{name}: missing; {_DAMAGED}")
         crops = group["crops"]
         assert isinstance(crops, zarr.Array)
         self.crops = crops
+        for shard in range(-(-len(self) // int((crops.shards or crops.chunks)[0]))):
+            file = self.path / "crops" / "c" / str(shard) / "0" / "0" / "0"
+            if not file.exists():  # zarr would read zeros
+                raise DataError(f"{file}: missing; {_DAMAGED}")
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -165,8 +175,8 @@ class Store:
             return np.asarray(self.crops[start:stop])
         except Exception as error:  # each codec has errors of its own
             raise DataError(
-                f"{self.path}/crops: cells {start} to {stop} cannot be decoded ({error}); the "
-                "store is damaged: prepare it again"
+                f"{self.path}/crops: cells {start} to {stop} cannot be decoded ({error}); "
+                f"{_DAMAGED}"
             ) from error
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.generic]:
@@ -183,10 +193,11 @@ class Store:
 
 def is_store(path: str | Path) -> bool:
     """Tell whether a whole phenoseq store is at ``path``."""
-    path = Path(path)
-    if not (path / "zarr.json").exists():
+    try:
+        node = json.loads((Path(path) / "zarr.json").read_text())
+        return "phenoseq" in node["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return "phenoseq" in zarr.open_group(path, mode="r").attrs
 
 
 def write_store(
@@ -215,7 +226,7 @@ def write_store(
     min_counts
         Least counts of a cell.
     overwrite
-        Replace what is there, once the new store is whole.
+        Replace the store that is there, once the new one is whole.
     progress
         Called with (cells done, cells in all).
 
@@ -231,6 +242,8 @@ def write_store(
             f"{source.name}: no count matrix, so there is nothing to train on; to predict, give "
             "this source to 'phenoseq predict' as it is"
         )
+    if path.exists() and not is_store(path):
+        raise DataError(f"{path}: exists already and is no store; choose another name")
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; remove it, or use --overwrite")
     reason = _exclusions(source, pixel_size, crop_px, min_counts)
@@ -282,18 +295,18 @@ def _exclusions(
     """Return why each cell is left out, empty where it is kept."""
     assert source.counts is not None
     total = np.asarray(source.counts.sum(axis=1)).ravel()
+    off = outside(source)
     half = pixel_size * crop_px / 2
     x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
-    size = {
-        name: (image.levels[0].shape[1], image.levels[0].shape[0])
-        for name, image in source.fields.items()
-    }
-    limit = source.obs["field"].map(size)
-    width = np.array([w for w, _ in limit]) * source.pixel_size
-    height = np.array([h for _, h in limit]) * source.pixel_size
+    full = {name: image.levels[0] for name, image in source.fields.items()}
+    field = source.obs["field"].astype(object)
+    height, width = (
+        field.map({name: level.shape[k] * level.pixel_size for name, level in full.items()})
+        for k in (0, 1)
+    )
     border = (x < half) | (y < half) | (x > width - half) | (y > height - half)
     conditions = {
-        "outside the image": outside(source),
+        "outside the image": off,
         "cut by the border": border,
         "no counts": total == 0,
         f"fewer than {min_counts} counts": total < min_counts,
@@ -318,8 +331,12 @@ def _write_crops(
         chunks=(CHUNK, *shape),
         shards=(SHARD, *shape),
         dtype=source.dtype,
-        compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+        compressors=(
+            zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+            zarr.codecs.Crc32cCodec(),
+        ),
         dimension_names=("cell", "channel", "y", "x"),
+        config={"write_empty_chunks": True},
     )
     buffer = np.empty((SHARD, *shape), dtype=source.dtype)
     rows = np.empty(total, dtype=np.int64)
@@ -352,7 +369,7 @@ def _restrict(source: Source, keep: NDArray[np.bool_]) -> Source:
 class _Histogram:
     """Counts pixel values of each channel, so that percentiles need no second pass."""
 
-    BINS = 4096
+    BINS = 65536
 
     def __init__(self, n_channels: int, dtype: np.dtype[np.generic]) -> None:
         top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
@@ -385,15 +402,16 @@ class _Histogram:
 def _whole_or_nothing(path: Path) -> Iterator[Path]:
     """Give a folder beside ``path`` to write to, which becomes ``path`` when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.partial-*"):
-        if not _alive(int(stale.name.rpartition("-")[2])):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        pid = stale.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
             shutil.rmtree(stale, ignore_errors=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
+        yield partial / "new"
+        if path.exists():  # moved as a whole, since half a store would look like one
+            path.rename(partial / "old")
+        (partial / "new").rename(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free

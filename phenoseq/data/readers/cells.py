@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def read_cells(path: str | Path) -> pd.DataFrame:
     ------
     DataError
         Where the file is missing or unreadable, has no rows, lacks one of these columns, has a
-        position that is not a number, or repeats a cell.
+        cell without an id or a position that is not a number, or repeats a cell.
     """
     path = Path(path)
     try:
@@ -38,7 +39,7 @@ def read_cells(path: str | Path) -> pd.DataFrame:
             table = pd.read_csv(path, dtype={"cell_id": str})
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); copy it again from the source"
         ) from error
@@ -47,6 +48,9 @@ def read_cells(path: str | Path) -> pd.DataFrame:
         raise DataError(f"{path}: no column {lacking}; it has {list(table.columns)[:12]}")
     if table.empty:
         raise DataError(f"{path}: no cells in it")
+    nameless = int(table["cell_id"].isna().sum())
+    if nameless:
+        raise DataError(f"{path}: {nameless} cells have no id; give every cell one of its own")
     ids = [i.decode() if isinstance(i, bytes) else str(i) for i in table.pop("cell_id")]
     table.index = pd.Index(ids, dtype=object, name="cell_id")
     if table.index.duplicated().any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,9 +99,16 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
     for path in files:
         if path.name in seen:
             continue
-        one, xml = _open(path)
-        members, stated, size = _describe(path, xml)
+        tif = _open(path)
+        members, stated, size = _describe(path, tif.ome_metadata)
+        for name in sorted(members - {path.name}):
+            if not (path.parent / name).exists():
+                raise DataError(
+                    f"{path.parent / name}: missing, but {path.name} says it is of its set"
+                )
+            _open(path.parent / name).close()
         seen |= members | {path.name}
+        one = tif.series[0]
         axes = one.axes
         if axes not in ("YX", "CYX"):
             raise DataError(f"{path}: axes {axes} are not (stain,) height, width")
@@ -123,39 +131,54 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
     return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
 
 
-def _open(path: Path) -> tuple[Any, str | None]:
+def _open(path: Path) -> tifffile.TiffFile:
+    """Open one file, which must be there to its end."""
     try:
         tif = tifffile.TiffFile(path)
-        series = tif.series[0]
-        xml = tif.ome_metadata
-        last = tif.pages[-1]
-        end = max(o + n for o, n in zip(last.dataoffsets, last.databytecounts, strict=True))
+        whole = _is_whole(tif)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image") from error
     except Exception as error:  # tifffile raises many kinds on a broken file
         raise DataError(
             f"{path}: not a readable TIFF ({error}); the file may be truncated: copy it again"
         ) from error
-    if end > path.stat().st_size:
+    if not whole:
         raise DataError(
-            f"{path}: truncated: it has {path.stat().st_size:,} bytes and its last page ends at "
-            f"{end:,}; copy it again from the source"
+            f"{path}: truncated: its pages or their tags reach beyond its end at "
+            f"{tif.filehandle.size:,} bytes; copy it again from the source"
         )
-    return series, xml
+    return tif
+
+
+def _is_whole(tif: tifffile.TiffFile) -> bool:
+    """Tell whether tags and pixels of every page, pyramids included, lie inside the file."""
+    size = tif.filehandle.size
+    for page in tif.pages:
+        if any(offset >= size for offset in page.subifds or ()):
+            return False
+        for level in (page, *(page.pages or ())):
+            tif.filehandle.seek(level.offset)
+            stated = tif.filehandle.read(tif.tiff.tagnosize)
+            if struct.unpack(tif.tiff.tagnoformat, stated)[0] != len(level.tags):
+                return False  # tifffile drops tags whose value it cannot reach
+            extents = zip(level.dataoffsets, level.databytecounts, strict=True)
+            if any(start + length > size for start, length in extents):
+                return False
+    return True
 
 
 def _describe(path: Path, xml: str | None) -> tuple[set[str], list[str | None], float | None]:
     """Return the files of the set, the channel names and the pixel size that OME-XML states."""
     if xml is None:
         return set(), [], None
-    root = ET.fromstring(xml)
+    try:
+        root = ET.fromstring(xml)
+    except ET.ParseError as error:
+        raise DataError(f"{path}: its OME-XML is broken ({error}); copy it again") from error
     pixels = root.find(".//{*}Pixels")
     if pixels is None:
         return set(), [], None
     members = {str(u.get("FileName")) for u in pixels.iter() if u.get("FileName")}
-    for name in sorted(members):
-        if not (path.parent / name).exists():
-            raise DataError(f"{path.parent / name}: missing, but {path.name} says it is of its set")
     names = [c.get("Name") for c in pixels.findall("{*}Channel")]
     size = pixels.get("PhysicalSizeX")
     micrometres = pixels.get("PhysicalSizeXUnit", "µm") in ("µm", "μm", "um")

@@ -15,7 +15,7 @@ from scipy import sparse
 from phenoseq.data.readers.cells import read_cells
 from phenoseq.data.readers.ometiff import open_ometiff
 from phenoseq.data.source import Source
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.genes import gene_table, without_ensembl
 
 _CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
@@ -55,7 +55,8 @@ def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
     images = _images(folder)
     if not images:
         raise DataError(
-            f"{folder}: no image; expected 'morphology_focus.ome.tif' or 'morphology_focus/*.ome.tif'"
+            f"{folder}: no image; expected 'morphology_focus.ome.tif' or "
+            "'morphology_focus/*.ome.tif'"
         )
     image = open_ometiff(images, default_names=("DAPI",))
     size = _pixel_size(folder, image.pixel_size, pixel_size)
@@ -69,7 +70,9 @@ def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
     digest = hashlib.sha256(f"{size:.6f}".encode())
     digest.update("\n".join(obs.index).encode())
     digest.update(np.ascontiguousarray(obs[["x_centroid", "y_centroid"]].to_numpy("<f8")))
-    if counts is not None:
+    if counts is not None and var is not None:
+        digest.update("\n".join(var.index).encode())
+        digest.update(counts.indptr.astype("<i8").tobytes())
         digest.update(counts.indices.astype("<i8").tobytes())
         digest.update(counts.data.astype("<f4").tobytes())
     return Source(
@@ -98,7 +101,7 @@ def _pixel_size(folder: Path, in_image: float | None, given: float | None) -> fl
             stated = json.loads(path.read_text()).get("pixel_size")
         except ValueError as error:
             raise DataError(f"{path}: not JSON ({error}); copy it again") from error
-    size = given or stated or in_image
+    size = next((s for s in (given, stated, in_image) if s is not None), None)
     if size is None:
         raise DataError(
             f"{path}: states no 'pixel_size', and neither does the image; give it in micrometres: "
@@ -135,6 +138,9 @@ def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.Dat
     genes = np.flatnonzero(kinds == "Gene Expression")
     if not len(genes):
         raise DataError(f"{path}: no feature of the type 'Gene Expression', only {set(kinds)}")
+    if not barcodes.is_unique:
+        twice = list(barcodes[barcodes.duplicated()][:3])
+        raise DataError(f"{path}: barcodes stand there twice, e.g. {twice}; export it again")
     place = barcodes.get_indexer(cells)
     matched = float((place >= 0).mean())
     if matched < MIN_MATCHED:
@@ -149,6 +155,7 @@ def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.Dat
         warnings.warn(
             f"{path}: {len(unnamed)} genes have no Ensembl id and go by their symbol: "
             f"{unnamed[:5]}",
+            PhenoseqWarning,
             stacklevel=3,
         )
     by_cell = matrix.T.tocsr()[:, genes].astype(np.float32)

@@ -1,0 +1,192 @@
+"""The ``phenoseq`` command: parses, calls the library, prints. Nothing heavy is imported before."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from phenoseq._version import __version__
+from phenoseq.errors import PhenoseqError, PhenoseqWarning
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, 1 for an error it explains, 2 for bad usage."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        if args[:1] == ["train"]:
+            return _train(args[1:])
+        options = _parser().parse_args(args)
+        return int(options.run(options))
+    except PhenoseqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phenoseq", description="Single-cell gene expression from microscope images."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="make a training store from images and counts")
+    prepare.add_argument("source", help="Xenium output folder")
+    prepare.add_argument("store", help="store to write, STORE.zarr")
+    prepare.add_argument("--pixel-size", type=float, help="um a full-resolution pixel of the source")
+    prepare.add_argument("--crop-pixel-size", type=float, default=0.425, help="um (%(default)s)")
+    prepare.add_argument("--crop-px", type=int, default=64, help="side of a crop (%(default)s)")
+    prepare.add_argument("--min-counts", type=int, default=20, help="of a cell (%(default)s)")
+    prepare.add_argument("--overwrite", action="store_true", help="replace an existing store")
+    prepare.set_defaults(run=_prepare)
+
+    commands.add_parser("train", help="train a model: phenoseq train --config CONFIG.yaml")
+
+    predict = commands.add_parser("predict", help="predict the expression of every cell")
+    predict.add_argument("source", help="Xenium output folder, store, or crops (n, C, H, W) as .npy")
+    predict.add_argument("--model", required=True, help="name in the zoo, or folder")
+    predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
+    predict.add_argument("--cells", help="CSV of cell_id,x_centroid,y_centroid (um) to predict at")
+    predict.add_argument("--channels", help="stains of an array, in order, comma-separated")
+    predict.add_argument("--pixel-size", type=float, help="um a pixel, of an array or a folder")
+    predict.add_argument("--keep-draws", action="store_true", help="keep every draw, as a layer")
+    _add_sampling(predict)
+    predict.set_defaults(run=_predict)
+
+    evaluate = commands.add_parser("evaluate", help="score a model beside the baselines")
+    evaluate.add_argument("--model", required=True, help="name in the zoo, or folder")
+    evaluate.add_argument("--store", required=True, help="prepared store")
+    evaluate.add_argument("--split", default="test", choices=["test", "cal", "val"])
+    evaluate.add_argument("-o", "--out", help="folder for metrics.json, metrics.md, genes.csv")
+    _add_sampling(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    models = commands.add_parser("models", help="list the models that can be loaded by name")
+    models.set_defaults(run=_models)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n-samples", type=int, default=16, help="draws a cell (%(default)s)")
+    parser.add_argument("--steps", type=int, help="network evaluations a draw (the model's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from phenoseq.data.readers import open_source
+    from phenoseq.data.store import write_store
+    from phenoseq.progress import bar
+
+    source = open_source(options.source, pixel_size=options.pixel_size)
+    print(f"{source.kind}: {len(source.obs):,} cells, stains {', '.join(source.channels)}")
+    with bar("cutting crops") as progress:
+        store = write_store(
+            source,
+            options.store,
+            pixel_size=options.crop_pixel_size,
+            crop_px=options.crop_px,
+            min_counts=options.min_counts,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    manifest = store.manifest
+    print(
+        f"{store.path}: {len(store):,} cells, {len(manifest.genes)} genes, "
+        f"crops of {manifest.crop_px} px at {manifest.pixel_size} um ({manifest.crop_width:.1f} um)"
+    )
+    for reason, n in manifest.excluded.items():
+        print(f"  left out, {reason}: {n:,}")
+    return 0
+
+
+def _train(args: Sequence[str]) -> int:
+    from phenoseq.training.train import train
+
+    out = train(args)
+    print(f"model in {out}; try: phenoseq evaluate --model {out} --store STORE")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from phenoseq.api import predict
+
+    source, channels = options.source, None
+    if Path(source).suffix == ".npy":
+        source = _load_array(Path(source))
+        channels = options.channels.split(",") if options.channels else None
+    result = predict(
+        source,
+        model=options.model,
+        n_samples=options.n_samples,
+        steps=options.steps,
+        seed=options.seed,
+        device=options.device,
+        out=options.out,
+        channels=channels,
+        pixel_size=options.pixel_size,
+        cells=options.cells,
+        keep_draws=options.keep_draws,
+    )
+    print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
+    return 0
+
+
+def _load_array(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 - numpy is not imported yet
+    import numpy as np
+
+    from phenoseq.errors import DataError
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable array ({error})") from error
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from phenoseq.api import evaluate
+    from phenoseq.evaluation.report import markdown
+
+    scores = evaluate(
+        options.model,
+        options.store,
+        part=options.split,
+        n_samples=options.n_samples,
+        steps=options.steps,
+        seed=options.seed,
+        device=options.device,
+        out=options.out,
+    )
+    print(markdown(scores))
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from phenoseq.zoo.registry import list_models
+
+    for entry in list_models():
+        print(f"{entry.name:20} {entry.summary}\n{'':20} {entry.data}")
+    return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """Print phenoseq's own warnings plainly, and those of libraries not at all."""
+    if issubclass(category, PhenoseqWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores of predictions against measured expression. Reads AnnData only, never a model."""

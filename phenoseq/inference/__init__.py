@@ -1,0 +1,1 @@
+"""Prediction: many cells, many draws, one AnnData."""

@@ -1,0 +1,228 @@
+"""What can be predicted from, as one thing: cells with ids, and batches of crops in model pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from phenoseq.channels import canonical_channels, match_channels
+from phenoseq.data.crops import CropBatch, iter_crops, outside, resample
+from phenoseq.data.readers import open_source, read_cells
+from phenoseq.data.source import Source
+from phenoseq.data.store import Store, is_store
+from phenoseq.errors import DataError
+from phenoseq.models.config import ImageConfig
+
+#: Cells whose pixels tell the intensity scale of images of another pixel type.
+_SCALE_CELLS = 512
+#: Cells read from a store at once.
+_READ = 2048
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Cells to predict.
+
+    Attributes
+    ----------
+    name, identity
+        What they are called, and a digest of them (empty for an array).
+    obs
+        One row a cell, indexed by cell id.
+    placed
+        For each stain of the model its channel in the crops, or None where it is missing.
+    dtype
+        Pixel type.
+    gain
+        For each stain of the model what its pixels are multiplied by; ones where the pixel type is
+        that of the training images.
+    skipped
+        Cells that cannot be predicted since they lie outside the image.
+    batches
+        ``batches(batch_size)`` yields crops of ``obs`` at the model's pixel size and crop size.
+    """
+
+    name: str
+    identity: str
+    obs: pd.DataFrame
+    placed: tuple[int | None, ...]
+    dtype: np.dtype[np.generic]
+    gain: NDArray[np.float32]
+    skipped: tuple[str, ...]
+    batches: Callable[[int], Iterator[CropBatch]]
+
+
+def open_inputs(
+    source: str | Path | Source | Store | NDArray[np.generic],
+    image: ImageConfig,
+    *,
+    channels: Sequence[str] | None = None,
+    pixel_size: float | None = None,
+    cells: str | Path | pd.DataFrame | None = None,
+    rows: NDArray[np.int64] | None = None,
+) -> Inputs:
+    """Open whatever a user gives to ``predict``; see :func:`phenoseq.predict`.
+
+    ``rows`` are the cells of a store to predict, all by default.
+    """
+    if isinstance(source, np.ndarray):
+        if cells is not None:
+            raise DataError("an array has one crop a cell already; 'cells' goes with a folder")
+        return _from_array(source, image, channels, pixel_size)
+    if channels is not None:
+        raise DataError("'channels' names the channels of an array; this source names its own")
+    if isinstance(source, str | Path):
+        source = Store(source) if is_store(source) else open_source(source, pixel_size=pixel_size)
+    elif pixel_size is not None:
+        raise DataError("'pixel_size' goes with an array or a folder; this source has its own")
+    if isinstance(source, Store):
+        if cells is not None:
+            raise DataError(
+                f"{source.path}: a store holds the crops of its own cells; to predict at other "
+                "positions, give the folder of images"
+            )
+        return _from_store(source, image, np.arange(len(source)) if rows is None else rows)
+    return _from_source(source, image, cells)
+
+
+def _from_source(
+    source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
+) -> Inputs:
+    if cells is not None:
+        obs = cells.copy() if isinstance(cells, pd.DataFrame) else read_cells(cells)
+        if "field" not in obs:
+            if len(source.fields) > 1:
+                raise DataError(f"{source.name}: several fields; 'cells' needs a column 'field'")
+            obs["field"] = next(iter(source.fields))
+        source = replace(source, obs=obs, counts=None, var=None)
+    away = outside(source)
+    skipped = tuple(source.obs.index[away])
+    source = replace(source, obs=source.obs[~away], counts=None, var=None)
+    placed = match_channels(source.channels, image.channels, source.name)
+    gain = np.ones(len(image.channels), dtype=np.float32)
+    if source.dtype.name != image.dtype:
+        chosen = np.random.default_rng(0).permutation(len(source.obs))[:_SCALE_CELLS]
+        some = replace(source, obs=source.obs.iloc[np.sort(chosen)])
+        crops = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px)]
+        gain = _gain(_p999(np.concatenate(crops)), placed, image)
+
+    def batches(batch_size: int) -> Iterator[CropBatch]:
+        return iter_crops(source, image.pixel_size, image.crop_px, batch_size=batch_size)
+
+    return Inputs(
+        source.name, source.identity, source.obs, tuple(placed), source.dtype, gain, skipped, batches
+    )
+
+
+def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> Inputs:
+    manifest = store.manifest
+    side = _side(manifest.crop_px, manifest.pixel_size, image, str(store.path))
+    placed = match_channels(manifest.channels, image.channels, str(store.path))
+    gain = np.ones(len(image.channels), dtype=np.float32)
+    if manifest.dtype != image.dtype:
+        tops = [manifest.channel_stats[name]["p999"] for name in manifest.channels]
+        gain = _gain(np.array(tops), placed, image)
+
+    def batches(batch_size: int) -> Iterator[CropBatch]:
+        for start in range(0, len(rows), _READ):
+            crops = store.take(rows[start : start + _READ])
+            for at in range(0, len(crops), batch_size):
+                some = _fit(crops[at : at + batch_size], side, image.crop_px)
+                place = np.arange(start + at, start + at + len(some))
+                yield CropBatch(place, some, np.zeros(len(some), dtype=bool))
+
+    return Inputs(
+        str(store.path),
+        manifest.identity,
+        store.table().obs.iloc[rows],
+        tuple(placed),
+        np.dtype(manifest.dtype),
+        gain,
+        (),
+        batches,
+    )
+
+
+def _from_array(
+    array: NDArray[np.generic],
+    image: ImageConfig,
+    channels: Sequence[str] | None,
+    pixel_size: float | None,
+) -> Inputs:
+    name = f"array of shape {array.shape}"
+    if array.ndim != 4 or array.shape[2] != array.shape[3]:
+        raise DataError(f"{name}: crops are (n, C, H, W) with H equal to W")
+    if not len(array):
+        raise DataError(f"{name}: zero cells; there is nothing to predict")
+    if channels is None or pixel_size is None:
+        raise DataError(
+            f"{name}: say what it holds: channels=[...], one stain a channel, e.g. "
+            f"{list(image.channels)}, and pixel_size= in micrometres"
+        )
+    if len(channels) != array.shape[1]:
+        raise DataError(f"{name}: has {array.shape[1]} channels, but {len(channels)} are named")
+    names = canonical_channels(channels, name)
+    if np.issubdtype(array.dtype, np.floating):
+        broken = np.flatnonzero(~np.isfinite(array).all(axis=(1, 2, 3)))
+        if len(broken):
+            raise DataError(
+                f"{name}: NaN or infinite pixels in {len(broken)} cells, the first at index "
+                f"{broken[0]}; remove these cells or mend them"
+            )
+    elif not np.issubdtype(array.dtype, np.integer):
+        raise DataError(f"{name}: pixels of type {array.dtype}; give integers or floats")
+    side = _side(array.shape[-1], pixel_size, image, name)
+    placed = match_channels(names, image.channels, name)
+    gain = np.ones(len(image.channels), dtype=np.float32)
+    if array.dtype.name != image.dtype:
+        chosen = np.random.default_rng(0).permutation(len(array))[:_SCALE_CELLS]
+        gain = _gain(_p999(array[np.sort(chosen)]), placed, image)
+
+    def batches(batch_size: int) -> Iterator[CropBatch]:
+        for start in range(0, len(array), batch_size):
+            crops = _fit(array[start : start + batch_size], side, image.crop_px)
+            rows = np.arange(start, start + len(crops))
+            yield CropBatch(rows, crops, np.zeros(len(rows), dtype=bool))
+
+    obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(array))], name="cell_id"))
+    return Inputs(name, "", obs, tuple(placed), array.dtype, gain, (), batches)
+
+
+def _side(crop_px: int, pixel_size: float, image: ImageConfig, where: str) -> int:
+    """Return how many of the crop's pixels make the model's width."""
+    if not 0 < pixel_size < 1000:
+        raise DataError(f"{where}: a pixel size of {pixel_size} micrometres cannot be right")
+    wanted = image.crop_px * image.pixel_size
+    side = round(wanted / pixel_size)
+    if not 1 <= side <= crop_px:
+        raise DataError(
+            f"{where}: crops are {crop_px * pixel_size:.1f} um wide, the model looks at "
+            f"{wanted:.1f} um; cut wider crops ({side} pixels of {pixel_size} um)"
+        )
+    return side
+
+
+def _fit(crops: NDArray[np.generic], side: int, crop_px: int) -> NDArray[np.generic]:
+    """Cut the middle ``side`` pixels and resample them to ``crop_px``."""
+    start = (crops.shape[-1] - side) // 2
+    return resample(crops[..., start : start + side, start : start + side], crop_px)
+
+
+def _p999(crops: NDArray[np.generic]) -> NDArray[np.float64]:
+    return np.quantile(crops.astype(np.float32), 0.999, axis=(0, 2, 3)).astype(np.float64)
+
+
+def _gain(
+    top: NDArray[np.float64], placed: Sequence[int | None], image: ImageConfig
+) -> NDArray[np.float32]:
+    """Return the gains that bring each stain's 99.9th percentile to that of the training images."""
+    gain = [
+        1.0 if place is None or top[place] <= 0 else wanted / top[place]
+        for place, wanted in zip(placed, image.p999, strict=True)
+    ]
+    return np.array(gain, dtype=np.float32)

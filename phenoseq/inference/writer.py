@@ -1,0 +1,63 @@
+"""Writes an AnnData whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import anndata as ad
+
+from phenoseq.errors import DataError
+
+
+def check_out(out: str | Path) -> Path:
+    """Check, before any work, that a prediction can be written to ``out``.
+
+    Raises
+    ------
+    DataError
+        Where the name does not end in ``.h5ad`` or ``.zarr``, or its folder cannot be written to.
+    """
+    path = Path(out)
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise DataError(f"{path}: name the output OUT.h5ad or OUT.zarr")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path.parent}: cannot be made ({error})") from error
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path.parent}: no permission to write there")
+    return path
+
+
+def write_whole(adata: ad.AnnData, path: Path) -> None:
+    """Write to a temporary name beside ``path``, then rename; replaces what was there.
+
+    Raises
+    ------
+    DataError
+        Where the disk is full; nothing is left behind then.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.partial-") as some:
+            partial = Path(some) / path.name
+            if path.suffix == ".h5ad":
+                adata.write_h5ad(partial, compression="lzf")
+                os.replace(partial, path)
+                return
+            with ad.settings.override(zarr_write_format=3):
+                adata.write_zarr(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            free = shutil.disk_usage(path.parent).free
+            raise DataError(
+                f"{path}: the disk is full ({free / 1e9:.1f} GB free); nothing was written. Free "
+                "some space or name another place, and run it again"
+            ) from error
+        raise
