@@ -30,9 +30,7 @@ def main(folder: Path) -> None:
     plate = simulate_plate(seed=SEED, wells_per_treatment=3, sites_per_well=2, cells_per_site=20)
     wells = plate.source.obs["Metadata_Well"].nunique()
     print(f"simulated plate: {len(plate.source.obs)} cells in {wells} wells (seed {SEED})")
-    prediction = phenoseq.predict(
-        plate.source, model=MODEL, out=folder / "prediction.h5ad", seed=0
-    )
+    prediction = phenoseq.predict(plate.source, model=MODEL, out=folder / "prediction.h5ad", seed=0)
     rows = plate.source.obs.index.get_indexer(prediction.obs_names)
     median = prediction.uns["phenoseq"]["median_library"]
     truth = np.log1p(plate.rates[rows] * median)
@@ -42,15 +40,15 @@ def main(folder: Path) -> None:
     real = pcc_gene(truth, predicted)
     chance = pcc_gene(truth[shuffled], predicted)
     print("gene-wise Pearson correlation of predicted and true expression, over cells:")
-    print(f"  predicted from each cell's image   median {np.median(real):.3f}   mean {real.mean():.3f}")
-    print(f"  the same, cells shuffled           median {np.median(chance):.3f}   mean {chance.mean():.3f}")
+    for name, r in {"predicted from its image": real, "the same, cells shuffled": chance}.items():
+        print(f"  {name:26} median {np.median(r):6.3f}   mean {r.mean():6.3f}")
 
     draw(folder / "prediction.png", plate.source, prediction, truth, real)
     print(f"wrote {folder / 'prediction.h5ad'} and {folder / 'prediction.png'}")
 
 
-def draw(path: Path, source, prediction, truth, correlation) -> None:  # noqa: ANN001
-    """Cells with low to high true expression of the best gene, their images above their profiles."""
+def draw(path: Path, source, prediction, truth, correlation) -> None:
+    """Cells with low to high true expression of the best gene, images above profiles."""
     predicted = np.asarray(prediction.X)
     best = int(np.argmax(correlation))
     order = np.argsort(truth[:, best])
@@ -78,7 +76,9 @@ def draw(path: Path, source, prediction, truth, correlation) -> None:  # noqa: A
             axes.legend(fontsize=7)
     axes = figure.add_subplot(grid[0, -5:])
     axes.scatter(truth[:, best], predicted[:, best], s=5, alpha=0.6, color="tab:orange")
-    axes.set_title(f"{prediction.var['symbol'].iloc[best]}: r = {correlation[best]:.2f}", fontsize=9)
+    axes.set_title(
+        f"{prediction.var['symbol'].iloc[best]}: r = {correlation[best]:.2f}", fontsize=9
+    )
     axes.set_xlabel("true", fontsize=8)
     axes.set_ylabel("predicted", fontsize=8)
     axes = figure.add_subplot(grid[1, -5:])
@@ -90,7 +90,7 @@ def draw(path: Path, source, prediction, truth, correlation) -> None:  # noqa: A
     figure.savefig(path, dpi=120)
 
 
-def composite(crop):  # noqa: ANN001, ANN201
+def composite(crop):
     """DNA blue, RNA and ER green, AGP and mitochondria red."""
     scaled = [np.clip(c / np.quantile(c, 0.995), 0, 1) for c in crop.astype(float)]
     dna, rna, agp, mito, er = scaled

@@ -1,7 +1,7 @@
 """Write a store of a simulated plate, to train `simulated-plate` on.
 
-    python examples/simulate_plate.py simulated_plate.zarr
-    phenoseq train --config examples/simulated_plate.yaml
+python examples/simulate_plate.py simulated_plate.zarr
+phenoseq train --config examples/simulated_plate.yaml
 """
 
 from __future__ import annotations

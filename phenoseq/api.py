@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -36,7 +37,7 @@ from phenoseq.zoo.registry import load_model
 
 
 def predict(
-    source: str | Path | Source | Store | NDArray[np.generic],
+    source: str | Path | Source | Store | NDArray[Any],
     *,
     model: str | Path | PhenoSeq,
     n_samples: int = 16,
@@ -84,8 +85,8 @@ def predict(
     size of the training cells:
 
     - ``X`` expected expression, without counting noise, float32;
-    - ``layers["std"]``, ``["q05"]``, ``["q95"]`` of the predictive distribution of a measured value,
-      counting noise included, at the cell's predicted library size;
+    - ``layers["std"]``, ``["q05"]``, ``["q95"]`` of the predictive distribution of a measured
+      value, counting noise included, at the cell's predicted library size;
     - ``layers["draw"]`` one draw of a measured profile (CSR), counts divided by their own sum;
     - ``obsm["X_phenoseq"]`` mean latent; ``obsm["spatial"]`` micrometres;
     - ``obs`` positions, ``Metadata_*``, ``ood_score`` (about 1 for images like the training ones),
@@ -134,7 +135,7 @@ def evaluate(
     device: str = "auto",
     out: str | Path | None = None,
 ) -> list[Scores]:
-    """Score a model and the baselines on a part of a store, by the split the model was trained with.
+    """Score a model and the baselines on a part of a store, by the split it was trained with.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ STAINS: dict[str, tuple[str, ...]] = {
 
 
 def _fold(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("α", "alpha"))
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("\N{GREEK SMALL LETTER ALPHA}", "alpha"))
 
 
 _BY_ALIAS = {_fold(a): name for name, aliases in STAINS.items() for a in (name, *aliases)}

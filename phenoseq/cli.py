@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make a training store from images and counts")
     prepare.add_argument("source", help="Xenium output folder")
     prepare.add_argument("store", help="store to write, STORE.zarr")
-    prepare.add_argument("--pixel-size", type=float, help="um a full-resolution pixel of the source")
+    prepare.add_argument(
+        "--pixel-size", type=float, help="um a full-resolution pixel of the source"
+    )
     prepare.add_argument("--crop-pixel-size", type=float, default=0.425, help="um (%(default)s)")
     prepare.add_argument("--crop-px", type=int, default=64, help="side of a crop (%(default)s)")
     prepare.add_argument("--min-counts", type=int, default=20, help="of a cell (%(default)s)")
@@ -49,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a model: phenoseq train --config CONFIG.yaml")
 
     predict = commands.add_parser("predict", help="predict the expression of every cell")
-    predict.add_argument("source", help="Xenium output folder, store, or crops (n, C, H, W) as .npy")
+    predict.add_argument(
+        "source", help="Xenium output folder, store, or crops (n, C, H, W) as .npy"
+    )
     predict.add_argument("--model", required=True, help="name in the zoo, or folder")
     predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
     predict.add_argument("--cells", help="CSV of cell_id,x_centroid,y_centroid (um) to predict at")

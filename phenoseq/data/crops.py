@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ class CropBatch:
     """
 
     rows: NDArray[np.int64]
-    images: NDArray[np.generic]
+    images: NDArray[Any]
     cut: NDArray[np.bool_]
 
 
@@ -116,7 +117,7 @@ def _field_crops(
     side = max(round(crop_px * pixel_size / level.pixel_size), 1)
     corner = np.round(centres / level.pixel_size - side / 2).astype(np.int64)
     height, width = level.shape
-    cut = (corner < 0).any(axis=1) | (corner + side > [height, width]).any(axis=1)
+    cut: NDArray[np.bool_] = np.any((corner < 0) | (corner + side > [height, width]), axis=1)
     region = np.clip(corner, 0, None) // REGION
     order = np.lexsort((corner[:, 1], corner[:, 0], region[:, 1], region[:, 0]))
     edges = np.flatnonzero(np.any(np.diff(region[order], axis=0), axis=1)) + 1
@@ -136,7 +137,7 @@ def _field_crops(
             yield CropBatch(rows[some], resample(crops, crop_px), cut[some])
 
 
-def resample(crops: NDArray[np.generic], crop_px: int) -> NDArray[np.generic]:
+def resample(crops: NDArray[Any], crop_px: int) -> NDArray[Any]:
     """Resample crops ``(n, C, H, W)`` to ``crop_px`` a side, keeping their pixel type."""
     if crops.shape[-1] == crop_px:
         return crops

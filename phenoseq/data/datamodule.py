@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import lightning as L
@@ -74,7 +75,7 @@ class StoreDataModule(L.LightningDataModule):
         """Raw counts of all cells of the store, CSR."""
         return self.table.X
 
-    def image_sample(self, part: str, n: int) -> NDArray[np.generic]:
+    def image_sample(self, part: str, n: int) -> NDArray[Any]:
         """Return the crops of up to ``n`` cells of a part, drawn by the seed, ``(n, C, H, W)``."""
         return self.opened.take(self.some(part, n))
 

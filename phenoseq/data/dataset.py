@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class CellStream(IterableDataset[Batch]):
         share = self._shares(workers)[worker_id * self.world + self.rank]
         rng = np.random.default_rng([self.seed, self.epoch, self.rank, worker_id])
         store = Store(self.store)
-        waiting: tuple[NDArray[np.int64], NDArray[np.generic]] | None = None
+        waiting: tuple[NDArray[np.int64], NDArray[Any]] | None = None
         for start in range(0, len(share), self.window):
             rows = np.concatenate(share[start : start + self.window])
             images = store.take(rows)
@@ -103,7 +104,7 @@ class CellStream(IterableDataset[Batch]):
                 yield self._batch(rows[some], images[some])
             waiting = (rows[order[stop:]], images[order[stop:]])
 
-    def _batch(self, rows: NDArray[np.int64], images: NDArray[np.generic]) -> Batch:
+    def _batch(self, rows: NDArray[np.int64], images: NDArray[Any]) -> Batch:
         if images.dtype == np.uint16:
             images = images.astype(np.int32)
         return {

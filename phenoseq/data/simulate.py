@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -282,7 +283,7 @@ class _Renderer:
         self._lamp = rng.uniform(0.4, 0.6, (len(CHANNELS), 2)).astype(np.float32) * FIELD_PX
 
     def image(self, field: str) -> FieldImage:
-        def read(y0: int, y1: int, x0: int, x1: int) -> NDArray[np.generic]:
+        def read(y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
             return self._draw(field)[:, y0:y1, x0:x1].copy()
 
         level = Level(PIXEL_SIZE, (FIELD_PX, FIELD_PX), read)

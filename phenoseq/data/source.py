@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-Region = Callable[[int, int, int, int], NDArray[np.generic]]
+Region = Callable[[int, int, int, int], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FieldImage:
     """One field of view or section: a pyramid of levels, finest first, all of one dtype."""
 
     levels: tuple[Level, ...]
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
 
     def level_for(self, pixel_size: float) -> Level:
         """Return the coarsest level that is at least as fine as ``pixel_size`` (micrometres).
@@ -86,7 +87,7 @@ class Source:
     identity: str
 
     @property
-    def dtype(self) -> np.dtype[np.generic]:
+    def dtype(self) -> np.dtype[Any]:
         """Pixel type of the images."""
         return next(iter(self.fields.values())).dtype
 

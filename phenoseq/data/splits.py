@@ -136,7 +136,7 @@ def make_split(
 def _column(obs: pd.DataFrame, name: str) -> NDArray[np.str_]:
     if name not in obs:
         raise DataError(f"split by {name!r}: cells have no such column, only {list(obs.columns)}")
-    return obs[name].astype(str).to_numpy(dtype=str)
+    return np.asarray(obs[name].astype(str), dtype=str)
 
 
 def _blocks(

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from phenoseq._version import __version__
 from phenoseq.data.crops import iter_crops, outside
@@ -152,8 +153,17 @@ class Store:
         return int(self.crops.shape[0])
 
     def table(self) -> ad.AnnData:
-        """Return the expression table: raw counts (CSR), ``obs``, ``var``, ``obsm["spatial"]``."""
-        table: ad.AnnData = ad.read_zarr(self.path / "table")
+        """Return the expression table: raw counts (CSR), ``obs``, ``var``, ``obsm["spatial"]``.
+
+        Raises
+        ------
+        DataError
+            Where it cannot be read.
+        """
+        try:
+            table: ad.AnnData = ad.read_zarr(self.path / "table")
+        except Exception as error:  # each codec has errors of its own
+            raise DataError(f"{self.path}/table: cannot be read ({error}); {_DAMAGED}") from error
         return table
 
     def all_cells(self) -> pd.DataFrame:
@@ -163,7 +173,7 @@ class Store:
         shared = [name for name in obs.columns if name in excluded]
         return pd.concat([obs[shared].astype(excluded[shared].dtypes), excluded[shared]])
 
-    def read(self, start: int, stop: int) -> NDArray[np.generic]:
+    def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the crops of cells ``start`` to ``stop``, ``(n, C, H, W)``.
 
         Raises
@@ -179,7 +189,7 @@ class Store:
                 f"{_DAMAGED}"
             ) from error
 
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.generic]:
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the crops of ``rows`` in that order, reading each chunk once."""
         size = int(self.crops.chunks[0])
         out = np.empty((len(rows), *self.crops.shape[1:]), dtype=self.crops.dtype)
@@ -301,7 +311,7 @@ def _exclusions(
     full = {name: image.levels[0] for name, image in source.fields.items()}
     field = source.obs["field"].astype(object)
     height, width = (
-        field.map({name: level.shape[k] * level.pixel_size for name, level in full.items()})
+        field.map({n: level.shape[k] * level.pixel_size for n, level in full.items()}).to_numpy()
         for k in (0, 1)
     )
     border = (x < half) | (y < half) | (x > width - half) | (y > height - half)
@@ -332,8 +342,8 @@ def _write_crops(
         shards=(SHARD, *shape),
         dtype=source.dtype,
         compressors=(
-            zarr.codecs.BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
-            zarr.codecs.Crc32cCodec(),
+            BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+            Crc32cCodec(),
         ),
         dimension_names=("cell", "channel", "y", "x"),
         config={"write_empty_chunks": True},
@@ -371,14 +381,14 @@ class _Histogram:
 
     BINS = 65536
 
-    def __init__(self, n_channels: int, dtype: np.dtype[np.generic]) -> None:
+    def __init__(self, n_channels: int, dtype: np.dtype[Any]) -> None:
         top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
         self._step = max((float(top) + 1) / self.BINS, 1.0) if top > 1 else 1.0 / self.BINS
         self._counts = np.zeros((n_channels, self.BINS), dtype=np.int64)
         self._sum = np.zeros(n_channels)
         self._square = np.zeros(n_channels)
 
-    def add(self, images: NDArray[np.generic]) -> None:
+    def add(self, images: NDArray[Any]) -> None:
         for c in range(images.shape[1]):
             values = images[:, c].ravel()
             bins = np.clip((values / self._step).astype(np.int64), 0, self.BINS - 1)

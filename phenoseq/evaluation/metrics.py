@@ -22,7 +22,9 @@ def pcc_gene(true: Matrix, predicted: Matrix) -> NDArray[np.float64]:
     norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
     constant = norm < 1e-9 * max(len(true), 1)
     product = (a * b).sum(axis=0)
-    return np.divide(product, norm, out=np.zeros(a.shape[1]), where=~constant)
+    out = np.zeros(a.shape[1])
+    np.divide(product, norm, out=out, where=~constant)
+    return out
 
 
 def mse(true: Matrix, predicted: Matrix) -> float:
@@ -31,7 +33,7 @@ def mse(true: Matrix, predicted: Matrix) -> float:
 
 
 def variance_ratio(true: Matrix, draw: Matrix) -> float:
-    """Return the median over genes of var(draw) / var(true); genes constant in truth are left out."""
+    """Return the median of var(draw) / var(true) over the genes that vary in truth."""
     spread = true.var(axis=0, dtype=np.float64)
     some = spread > 0
     return float(np.median(draw.var(axis=0, dtype=np.float64)[some] / spread[some]))

@@ -14,7 +14,7 @@ from scipy import sparse
 from phenoseq.errors import DataError
 from phenoseq.evaluation.metrics import e_distance, mse, pcc_gene, variance_ratio
 
-#: Cells below this many counts are not scored; genes seen in no more than this share are not either.
+#: Not scored are cells below this many counts, and genes seen in no more than this share.
 MIN_COUNTS, MIN_SEEN = 20, 0.02
 
 

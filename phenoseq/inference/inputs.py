@@ -1,10 +1,11 @@
-"""What can be predicted from, as one thing: cells with ids, and batches of crops in model pixels."""
+"""What can be predicted from, as one thing: cells with ids, and crops in model pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,14 +52,14 @@ class Inputs:
     identity: str
     obs: pd.DataFrame
     placed: tuple[int | None, ...]
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
     gain: NDArray[np.float32]
     skipped: tuple[str, ...]
     batches: Callable[[int], Iterator[CropBatch]]
 
 
 def open_inputs(
-    source: str | Path | Source | Store | NDArray[np.generic],
+    source: str | Path | Source | Store | NDArray[Any],
     image: ImageConfig,
     *,
     channels: Sequence[str] | None = None,
@@ -115,7 +116,14 @@ def _from_source(
         return iter_crops(source, image.pixel_size, image.crop_px, batch_size=batch_size)
 
     return Inputs(
-        source.name, source.identity, source.obs, tuple(placed), source.dtype, gain, skipped, batches
+        source.name,
+        source.identity,
+        source.obs,
+        tuple(placed),
+        source.dtype,
+        gain,
+        skipped,
+        batches,
     )
 
 
@@ -149,7 +157,7 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
 
 
 def _from_array(
-    array: NDArray[np.generic],
+    array: NDArray[Any],
     image: ImageConfig,
     channels: Sequence[str] | None,
     pixel_size: float | None,
@@ -207,13 +215,13 @@ def _side(crop_px: int, pixel_size: float, image: ImageConfig, where: str) -> in
     return side
 
 
-def _fit(crops: NDArray[np.generic], side: int, crop_px: int) -> NDArray[np.generic]:
+def _fit(crops: NDArray[Any], side: int, crop_px: int) -> NDArray[Any]:
     """Cut the middle ``side`` pixels and resample them to ``crop_px``."""
     start = (crops.shape[-1] - side) // 2
     return resample(crops[..., start : start + side, start : start + side], crop_px)
 
 
-def _p999(crops: NDArray[np.generic]) -> NDArray[np.float64]:
+def _p999(crops: NDArray[Any]) -> NDArray[np.float64]:
     return np.quantile(crops.astype(np.float32), 0.999, axis=(0, 2, 3)).astype(np.float64)
 
 

@@ -176,9 +176,7 @@ class _Result:
         )
 
 
-def _place(
-    crops: NDArray[np.generic], inputs: Inputs, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _place(crops: NDArray[Any], inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
     """Put the crops' channels where the model has them, zeros where it lacks one."""
     shape = (len(crops), len(inputs.placed), *crops.shape[2:])
     images = np.zeros(shape, dtype=np.float32)
@@ -189,7 +187,7 @@ def _place(
     return torch.from_numpy(images).to(device), there.expand(len(crops), -1)
 
 
-def _saturated(crops: NDArray[np.generic]) -> NDArray[np.bool_]:
+def _saturated(crops: NDArray[Any]) -> NDArray[np.bool_]:
     if not np.issubdtype(crops.dtype, np.integer):
         return np.zeros(len(crops), dtype=bool)
     top = (crops == np.iinfo(crops.dtype).max).mean(axis=(2, 3))

@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def cell_normals(
-    seed: int, cells: Sequence[str], n_samples: int, dim: int
-) -> NDArray[np.float32]:
+def cell_normals(seed: int, cells: Sequence[str], n_samples: int, dim: int) -> NDArray[np.float32]:
     """Return standard normal noise ``(n_cells, n_samples, dim)``, in antithetic pairs."""
     out = np.empty((len(cells), n_samples, dim), dtype=np.float32)
     pairs = (n_samples + 1) // 2
@@ -27,9 +25,7 @@ def cell_normals(
     return out
 
 
-def cell_uniforms(
-    seed: int, cells: Sequence[str], n_samples: int, dim: int
-) -> NDArray[np.float32]:
+def cell_uniforms(seed: int, cells: Sequence[str], n_samples: int, dim: int) -> NDArray[np.float32]:
     """Return uniform numbers on [0, 1), ``(n_cells, n_samples, dim)``, for counting noise."""
     out = np.empty((len(cells), n_samples, dim), dtype=np.float32)
     for place, cell in zip(out, cells, strict=True):

@@ -1,1 +1,1 @@
-"""Networks and mathematics: encoder, denoiser, diffusion, expression space. No Lightning, no data."""
+"""Encoder, denoiser, diffusion and expression space. No Lightning, no data, no hub."""

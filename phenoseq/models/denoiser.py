@@ -38,7 +38,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class Memory:
-    """Keys and values ``(B, heads, N, dim / heads)`` of every block, and the mask ``(B, 1, 1, N)``."""
+    """Every block's keys and values ``(B, heads, N, dim / heads)``; the mask ``(B, 1, 1, N)``."""
 
     keys_values: list[tuple[Tensor, Tensor]]
     mask: Tensor | None
@@ -135,7 +135,8 @@ class _Block(nn.Module):
         parts = self.modulate(time).chunk(9, dim=-1)
         h = h + parts[2] * self.own(_norm(h, parts[0], parts[1]))
         h = h + parts[5] * self.cross(_norm(h, parts[3], parts[4]), pair, mask, cells)
-        return h + parts[8] * self.mlp(_norm(h, parts[6], parts[7]))
+        h = h + parts[8] * self.mlp(_norm(h, parts[6], parts[7]))
+        return h
 
 
 def _norm(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
 from einops import rearrange
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from phenoseq.errors import ModelError
@@ -111,7 +111,7 @@ def _backbone(config: EncoderConfig, in_chans: int, crop_px: int) -> nn.Module:
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=3)
         raise ModelError(f"timm has no model {config.backbone!r}; near it are {near}")
     defaults = timm.get_pretrained_cfg(config.backbone)
-    fixed = {"img_size": crop_px} if defaults and defaults.fixed_input_size else {}
+    fixed: dict[str, Any] = {"img_size": crop_px} if defaults and defaults.fixed_input_size else {}
     backbone = timm.create_model(config.backbone, in_chans=in_chans, num_classes=0, **fixed)
     if config.norm == "group":
         _use_group_norm(backbone)

@@ -98,7 +98,7 @@ class ExpressionSpace(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Weights ``(D,)`` of the latent's errors, mean 1: the deviation that each number carries."""
+        """Weights ``(D,)`` of the latent's errors: the deviation that each carries, mean 1."""
         spread = torch.cat([self.spread, self.spread.mean()[None]])
         return spread / spread.mean()
 
@@ -177,7 +177,7 @@ def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int,
         mu = rates * some.sum(1, keepdim=True) + 1e-8
         loss = -nb_log_likelihood(some, mu, space.theta).sum(1).mean()
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         with torch.no_grad():

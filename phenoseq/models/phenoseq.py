@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from phenoseq.errors import ModelError
 from phenoseq.models.config import PhenoSeqConfig, TrainingRecord
 from phenoseq.models.denoiser import Denoiser, Memory
-from phenoseq.models.diffusion import guided, make_path, sample
+from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_prediction
 from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace
 
@@ -119,7 +119,44 @@ class PhenoSeq(nn.Module):
             steps=steps or how.steps,
         )
 
-    def _given(self, memory: Memory):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def denoising_loss(
+        self,
+        context: tuple[Tensor, Tensor],
+        counts: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        drop: Tensor | None = None,
+    ) -> Tensor:
+        """Return the squared error of the denoised latents, weighted to that of the velocity.
+
+        Parameters
+        ----------
+        context
+            From :meth:`encode`, of B cells.
+        counts
+            Their raw counts, float ``(B, g)``.
+        t
+            Noise levels, ``(B, K)``.
+        noise
+            Standard normal, ``(B, K, D)``.
+        drop
+            Cells whose context is withheld, bool ``(B,)``.
+
+        Returns
+        -------
+        Float ``(B, K)``.
+        """
+        output = self.config.diffusion.output
+        clean = self.expression.encode(counts)[:, None].expand_as(noise)
+        memory = self.denoiser.remember(*context, drop)
+        made = self.denoiser(self.path.mix(clean, noise, t), t, memory).float()
+        error = (made - to_prediction(self.path, output, clean, noise, t)) ** 2
+        if output == "x0":
+            error = error * self.path.v_weight(t)[..., None]
+        loss: Tensor = (error * self.expression.weight).mean(dim=-1)
+        return loss
+
+    def _given(self, memory: Memory) -> Denoise:
         def denoise(x: Tensor, t: float) -> Tensor:
             out: Tensor = self.denoiser(x, torch.tensor(t, device=x.device), memory)
             return out

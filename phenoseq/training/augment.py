@@ -1,4 +1,4 @@
-"""Augmentation of crops, per cell: the eight symmetries of the square, and the gain of each stain."""
+"""Augmentation of crops, per cell: the symmetries of the square, and the gain of each stain."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -17,8 +19,8 @@ _ALPHAS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 _BATCH = 2048
 
 
-def intensity_statistics(crops: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Return five statistics of each channel: mean, deviation, median, 99th percentile, centre mean.
+def intensity_statistics(crops: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the mean, deviation, median, 99th percentile and centre mean of each channel.
 
     Parameters
     ----------

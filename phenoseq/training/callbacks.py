@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class WarmEMA(WeightAveraging):
-    """Exponential moving average of the weights, validated, checkpointed and exported in their place.
+    """Moving average of the weights, validated, checkpointed and exported in their place.
 
     Parameters
     ----------

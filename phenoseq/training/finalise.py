@@ -1,4 +1,4 @@
-"""What a trained model learns about itself: where its training contexts lie, how far to trust a gene."""
+"""What a trained model learns about itself: where its contexts lie, how far to trust a gene."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.evaluation.metrics import pcc_gene
 from phenoseq.models.expression import MIN_LIBRARY
 from phenoseq.models.phenoseq import PhenoSeq, pool
 
@@ -49,7 +50,7 @@ def finalise(model: PhenoSeq, data: StoreDataModule, seed: int = 0) -> PhenoSeq:
     median = model.config.expression.median_library
     predicted = torch.log1p(torch.cat(rates) * median).numpy()[rich]
     total = counts[rich].sum(axis=1, keepdims=True)
-    reliability = _pearson(predicted, np.log1p(counts[rich] / total * median))
+    reliability = pcc_gene(np.log1p(counts[rich] / total * median), predicted)
     training = replace(model.config.training, reliability=tuple(np.round(reliability, 4).tolist()))
     return model.with_record(training)
 
@@ -61,9 +62,3 @@ def _batches(model: PhenoSeq, data: StoreDataModule, rows: NDArray[np.int64]) ->
         torch.from_numpy(images[i : i + _BATCH].astype(np.float32)).to(device)
         for i in range(0, len(rows), _BATCH)
     ]
-
-
-def _pearson(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
-    return np.divide((a * b).sum(axis=0), norm, out=np.zeros_like(norm), where=norm > 0)

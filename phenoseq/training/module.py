@@ -20,7 +20,7 @@ from phenoseq.models.config import (
     TrainingRecord,
 )
 from phenoseq.models.denoiser import DenoiserConfig
-from phenoseq.models.diffusion import logit_normal, to_prediction
+from phenoseq.models.diffusion import logit_normal
 from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.expression import fit_expression_space
 from phenoseq.models.phenoseq import PhenoSeq
@@ -154,26 +154,23 @@ class PhenoSeqModule(L.LightningModule):
         self.log("val_mean_loss", loss[:, 0].mean(), sync_dist=True, batch_size=n)
 
     def _loss(
-        self, images: Tensor, counts: Tensor, present: Tensor, drop: Tensor, generator: torch.Generator
+        self,
+        images: Tensor,
+        counts: Tensor,
+        present: Tensor,
+        drop: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
-        """Return the weighted squared error of each cell and noise level, ``(B, levels)``."""
-        model = self.model
-        how = model.config.diffusion
-        clean = model.expression.encode(counts)[:, None]
+        """Return the loss of each cell at one time of pure noise and ``levels - 1`` others."""
         n, levels = len(images), self.levels
+        dim = self.model.config.expression.latent_dim
         t = logit_normal(n * levels, generator).view(n, levels)
         t[:, 0] = 1.0
-        noise = torch.randn(n, levels, clean.shape[-1], generator=generator)
-        t, noise = t.to(self.device), noise.to(self.device)
-        noisy = model.path.mix(clean.expand_as(noise), noise, t)
-        memory = model.denoiser.remember(*model.encode(images, present), drop)
-        output = model.denoiser(noisy, t, memory).float()
-        if how.output == "x0":
-            error = (output - clean) ** 2 * model.path.v_weight(t)[..., None]
-        else:
-            wanted = to_prediction(model.path, how.output, clean.expand_as(noise), noise, t)
-            error = (output - wanted) ** 2
-        return (error * model.expression.weight).mean(dim=-1)
+        noise = torch.randn(n, levels, dim, generator=generator)
+        context = self.model.encode(images, present)
+        return self.model.denoising_loss(
+            context, counts, t.to(self.device), noise.to(self.device), drop
+        )
 
     def on_train_epoch_start(self) -> None:
         """Give the epoch its own order of cells."""
@@ -183,14 +180,12 @@ class PhenoSeqModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with linear warm-up and cosine decay, by step."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
+        trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimiser = torch.optim.AdamW(
-            groups, lr=self.lr, weight_decay=self.weight_decay
-        )
+        optimiser = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
         warm = min(self.warmup_steps, max(total // 2, 1))
         schedule = torch.optim.lr_scheduler.SequentialLR(

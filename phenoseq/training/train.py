@@ -31,12 +31,12 @@ class _CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
         kwargs.setdefault("logger", CSVLogger(root, name="", version=""))
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(WarmEMA(self._get(self.config_init, "ema")))
-        trainer.callbacks.append(
-            ModelCheckpoint(root / "checkpoints", filename="last", enable_version_counter=False)
-        )
-        return trainer
+        kwargs["callbacks"] = [
+            *(self._get(self.config_init, "trainer.callbacks") or []),
+            WarmEMA(self._get(self.config_init, "ema")),
+            ModelCheckpoint(root / "checkpoints", filename="last", enable_version_counter=False),
+        ]
+        return super().instantiate_trainer(**kwargs)
 
 
 def train(args: Sequence[str]) -> Path:

@@ -58,7 +58,7 @@ class _Reader:
     def __init__(self, stores: Sequence[tuple[Path, Any, int | None]]) -> None:
         self._arrays = [(path, zarr.open_array(store, mode="r"), c) for path, store, c in stores]
 
-    def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[np.generic]:
+    def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         planes = []
         for path, array, channel in self._arrays:
             region = (slice(y0, y1), slice(x0, x1))

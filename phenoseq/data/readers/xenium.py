@@ -69,7 +69,7 @@ def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
     counts, var = _read_counts(matrix, obs.index) if matrix.exists() else (None, None)
     digest = hashlib.sha256(f"{size:.6f}".encode())
     digest.update("\n".join(obs.index).encode())
-    digest.update(np.ascontiguousarray(obs[["x_centroid", "y_centroid"]].to_numpy("<f8")))
+    digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
     if counts is not None and var is not None:
         digest.update("\n".join(var.index).encode())
         digest.update(counts.indptr.astype("<i8").tobytes())

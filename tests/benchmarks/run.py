@@ -1,0 +1,43 @@
+"""Every benchmark, one after the other: `make bench`.
+
+Those on the Xenium section need its folder, PHENOSEQ_XENIUM, by default
+../shared/data/xenium_pancreas.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SECTION = Path(
+    os.environ.get("PHENOSEQ_XENIUM", HERE.parents[1].parent / "shared/data/xenium_pancreas")
+)
+
+
+def bench(title: str, *arguments: str) -> None:
+    print(f"\n## {title}\n", flush=True)
+    subprocess.run([sys.executable, "-W", "ignore", *arguments], check=True)
+
+
+def main() -> None:
+    bench("Start-up", str(HERE / "startup.py"))
+    bench("Accuracy of the samplers", str(HERE / "diffusion_accuracy.py"))
+    if not SECTION.is_dir():
+        print(f"\nno Xenium section at {SECTION}: the benchmarks on it are left out")
+        return
+    bench("prepare, on the section", str(HERE / "prepare.py"), str(SECTION))
+    with tempfile.TemporaryDirectory() as where:
+        store = str(Path(where) / "section.zarr")
+        command = ["-m", "phenoseq.cli", "prepare", str(SECTION), store]
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        bench("Steps: quality against cost", str(HERE / "steps.py"), store)
+        bench("Decoder size: quality against cost", str(HERE / "decoder.py"), store)
+    bench("predict, on the whole section", str(HERE / "section.py"), str(SECTION))
+
+
+if __name__ == "__main__":
+    main()
