@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-slow lint bench docs clean
+.PHONY: demo test test-slow lint bench docs cards clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "phenoseq needs Python 3.11 or newer")'
@@ -35,6 +35,9 @@ bench: $(VENV)/.made      ## speed, memory and accuracy, as ratios measured in t
 docs: $(VENV)/.made       ## the documentation, into docs/_build
 	$(BIN)/pip install --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+
+cards: $(VENV)/.made      ## the measured tables, into README and cards
+	$(BIN)/python -m phenoseq.zoo.cards README.md model_cards/*.md
 
 clean:
 	rm -rf $(VENV) docs/_build demo

@@ -55,8 +55,10 @@ def predict(
     Parameters
     ----------
     source
-        A Xenium output folder (its count matrix is not read), a store made by ``phenoseq prepare``,
-        or an array of crops ``(n, C, H, W)`` with one cell in the middle of each.
+        A Xenium output folder (with or without its count matrix), a store made by
+        ``phenoseq prepare``, an array of crops ``(n, C, H, W)`` with one cell in the middle of
+        each, or an opened source or store. Where the pixel type is not that of the training
+        images, each stain is scaled by percentiles of the whole source.
     model
         A name of the zoo, a folder, or a loaded model.
     n_samples
@@ -64,7 +66,7 @@ def predict(
     steps
         Evaluations of the denoiser a draw; by default the model's own number.
     seed
-        Of the draws. A cell's numbers depend on (seed, cell id) alone, and not on batches or order.
+        Of the draws. They depend on (seed, cell id) alone, and not on batches or order.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
     out

@@ -160,8 +160,9 @@ def make_xenium(
     """Write a Xenium output folder.
 
     ``layout``: ``"one"`` is a single ``morphology_focus.ome.tif`` of DAPI, ``"stains"`` a folder of
-    single-channel files, ``"set"`` a folder that is one multi-file OME-TIFF. ``table``: ``"parquet"``
-    or ``"csv"`` (gzipped). The first cell has no counts, the second 5, all others more than 20.
+    single-channel files, ``"set"`` a folder that is one multi-file OME-TIFF. ``table``:
+    ``"parquet"`` or ``"csv"`` (gzipped). The first cell has no counts, the second 5, all others
+    more than 20.
     """
     path.mkdir(parents=True)
     rng = np.random.default_rng(7)

@@ -111,7 +111,7 @@ def make_split(
     Raises
     ------
     DataError
-        Where ``obs`` lacks the column.
+        Where ``obs`` lacks the column, or a cell has nothing there.
     """
     if config.block is None:
         names = _column(obs, config.by)
@@ -136,7 +136,10 @@ def make_split(
 def _column(obs: pd.DataFrame, name: str) -> NDArray[np.str_]:
     if name not in obs:
         raise DataError(f"split by {name!r}: cells have no such column, only {list(obs.columns)}")
-    return np.asarray(obs[name].astype(str), dtype=str)
+    holes = int(obs[name].isna().sum())
+    if holes:
+        raise DataError(f"split by {name!r}: {holes} cells have none; give every cell a group")
+    return np.array(obs[name].astype(str), dtype=str)
 
 
 def _blocks(
@@ -159,5 +162,6 @@ def _assign(config: SplitConfig, groups: NDArray[np.str_]) -> dict[str, str]:
 
 
 def _digest(config: SplitConfig, part_of: dict[str, str]) -> str:
-    text = repr((sorted(asdict(config).items()), sorted(part_of.items())))
+    fields = {k: float(v) if isinstance(v, int) else v for k, v in asdict(config).items()}
+    text = repr((sorted(fields.items()), sorted(part_of.items())))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -274,7 +275,8 @@ def write_store(
         )
         excluded = source.obs[~keep].copy()
         excluded["reason"] = reason[~keep]
-        with ad.settings.override(zarr_write_format=3):
+        with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*autosharding")
             ad.io.write_elem(group, "table", table)
             ad.io.write_elem(group, "excluded", excluded)
         manifest = Manifest(
@@ -422,8 +424,8 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
         if path.exists():  # moved as a whole, since half a store would look like one
             path.rename(partial / "old")
         (partial / "new").rename(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _disk_is_full(error):
             free = shutil.disk_usage(path.parent).free
             raise DataError(
                 f"{path}: the disk is full ({free / 1e9:.1f} GB free); nothing was written. Free "
@@ -432,6 +434,15 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that a library wrapped into it, is of a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _alive(pid: int) -> bool:

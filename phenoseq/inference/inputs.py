@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,8 +108,7 @@ def _from_source(
     placed = match_channels(source.channels, image.channels, source.name)
     gain = np.ones(len(image.channels), dtype=np.float32)
     if source.dtype.name != image.dtype:
-        chosen = np.random.default_rng(0).permutation(len(source.obs))[:_SCALE_CELLS]
-        some = replace(source, obs=source.obs.iloc[np.sort(chosen)])
+        some = replace(source, obs=source.obs.iloc[_some(source.obs.index)])
         crops = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px)]
         gain = _gain(_p999(np.concatenate(crops)), placed, image)
 
@@ -186,10 +186,10 @@ def _from_array(
         raise DataError(f"{name}: pixels of type {array.dtype}; give integers or floats")
     side = _side(array.shape[-1], pixel_size, image, name)
     placed = match_channels(names, image.channels, name)
+    obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(array))], name="cell_id"))
     gain = np.ones(len(image.channels), dtype=np.float32)
     if array.dtype.name != image.dtype:
-        chosen = np.random.default_rng(0).permutation(len(array))[:_SCALE_CELLS]
-        gain = _gain(_p999(array[np.sort(chosen)]), placed, image)
+        gain = _gain(_p999(array[_some(obs.index)]), placed, image)
 
     def batches(batch_size: int) -> Iterator[CropBatch]:
         for start in range(0, len(array), batch_size):
@@ -197,7 +197,6 @@ def _from_array(
             rows = np.arange(start, start + len(crops))
             yield CropBatch(rows, crops, np.zeros(len(rows), dtype=bool))
 
-    obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(array))], name="cell_id"))
     return Inputs(name, "", obs, tuple(placed), array.dtype, gain, (), batches)
 
 
@@ -219,6 +218,13 @@ def _fit(crops: NDArray[Any], side: int, crop_px: int) -> NDArray[Any]:
     """Cut the middle ``side`` pixels and resample them to ``crop_px``."""
     start = (crops.shape[-1] - side) // 2
     return resample(crops[..., start : start + side, start : start + side], crop_px)
+
+
+def _some(cells: pd.Index) -> NDArray[np.int64]:
+    """Return the positions of up to 512 cells, chosen by their ids whatever their order."""
+    digests = [hashlib.sha256(str(cell).encode()).digest() for cell in cells]
+    chosen = sorted(range(len(cells)), key=digests.__getitem__)[:_SCALE_CELLS]
+    return np.sort(np.array(chosen, dtype=np.int64))
 
 
 def _p999(crops: NDArray[Any]) -> NDArray[np.float64]:

@@ -61,9 +61,13 @@ class Encoder(nn.Module):
         self.config = config
         self.separate = config.channel_mode == "separate"
         self.backbone = _backbone(config, 1 if self.separate else n_channels, crop_px)
-        with torch.inference_mode():
-            probe = torch.zeros(1, 1 if self.separate else n_channels, crop_px, crop_px)
-            n_tokens, width = self._tokens(probe).shape[1:]
+        probe = torch.zeros(1, 1 if self.separate else n_channels, crop_px, crop_px)
+        self.backbone.eval()  # so that batch norms do not take the probe for data
+        with torch.enable_grad():
+            tokens = self._tokens(probe)
+            _freeze_unused(self.backbone, tokens)
+        self.backbone.train()
+        n_tokens, width = tokens.shape[1:]
         self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
         self.position = nn.Parameter(torch.randn(n_tokens, dim) * 0.02)
         self.stain = nn.Parameter(torch.randn(n_channels, dim) * 0.02)
@@ -116,6 +120,18 @@ def _backbone(config: EncoderConfig, in_chans: int, crop_px: int) -> nn.Module:
     if config.norm == "group":
         _use_group_norm(backbone)
     return backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _freeze_unused(backbone: nn.Module, tokens: Tensor) -> None:
+    """Freeze weights that no token passes through, such as those of a classification head.
+
+    Several devices would wait for their gradients.
+    """
+    if tokens.requires_grad:  # not in inference mode, where nothing is trained
+        weights = list(backbone.parameters())
+        gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.requires_grad_(gradient is not None)
 
 
 def _use_group_norm(module: nn.Module) -> None:

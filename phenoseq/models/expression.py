@@ -20,6 +20,8 @@ from phenoseq.models.counts import nb_log_likelihood
 
 #: Cells with at least this many counts say what the median library is.
 MIN_LIBRARY = 20
+#: Steps below which the decoder is far from fitted, however few the cells.
+_MIN_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def fit_expression_space(
     genes, symbols
         Ids and symbols of the g genes.
     components, hidden, epochs, seed
-        Size of the latent and of the decoder, passes over the cells, and seed of its fit.
+        Size of the latent and of the decoder, passes over the cells (more where these are few),
+        and seed of its fit.
 
     Raises
     ------
@@ -140,7 +143,9 @@ def fit_expression_space(
         raise DataError("a training cell has no counts; leave such cells out of the store")
     rich = total[total >= MIN_LIBRARY]
     median = float(np.median(rich if len(rich) else total))
-    space = ExpressionSpace(ExpressionConfig(genes, symbols, components, hidden, median))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        space = ExpressionSpace(ExpressionConfig(genes, symbols, components, hidden, median))
     scaled = counts.multiply(median / total[:, None]).tocsr()
     scaled.data = np.log1p(scaled.data)
     mean = np.asarray(scaled.mean(axis=0)).ravel()
@@ -166,10 +171,12 @@ def fit_expression_space(
 def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     batch = 512
-    steps = epochs * max(counts.shape[0] // batch, 1)
+    steps = max(epochs * counts.shape[0] // batch, _MIN_STEPS)
     space.requires_grad_(True)
-    optimiser = torch.optim.Adam(space.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    groups = [{"params": space.decoder.parameters()}, {"params": [space.log_theta]}]
+    optimiser = torch.optim.Adam(groups)
+    highest = [4e-3, 4e-2]  # dispersions span decades, out of reach of small steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, highest, total_steps=steps)
     for _ in range(steps):
         rows = torch.randint(counts.shape[0], (batch,), generator=generator).numpy()
         some = torch.from_numpy(counts[rows].toarray()).float()

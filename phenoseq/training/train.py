@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.errors import ModelError
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.finalise import finalise
 from phenoseq.training.module import PhenoSeqModule
@@ -30,6 +32,7 @@ class _CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
+        kwargs["default_root_dir"] = root
         kwargs.setdefault("logger", CSVLogger(root, name="", version=""))
         kwargs["callbacks"] = [
             *(self._get(self.config_init, "trainer.callbacks") or []),
@@ -59,13 +62,27 @@ def train(args: Sequence[str]) -> Path:
     )
     root = Path(cli.trainer.default_root_dir)
     last = root / "checkpoints" / "last.ckpt"
-    cli.trainer.fit(
-        cli.model,
-        datamodule=cli.datamodule,
-        ckpt_path=last if last.exists() else None,
-        weights_only=False if last.exists() else None,
-    )
+    if last.exists():
+        _same_settings(cli, root / "config.yaml")
+        print(f"continuing from {last}")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
     out = Path(cli.config.out or root / "model")
     if cli.trainer.is_global_zero:
         finalise(cli.model.model.cpu().float(), cli.datamodule).save(out)
     return out
+
+
+def _same_settings(cli: _CLI, stored: Path) -> None:
+    """Refuse to continue a run under other settings than it was started with."""
+    now = cli.parser.dump(cli.config, skip_none=False)
+    if stored.exists() and _settings(stored.read_text()) != _settings(now):
+        raise ModelError(
+            f"{stored.parent}: holds a run with other settings (see {stored.name}); give this one "
+            "its own trainer.default_root_dir, or remove that folder"
+        )
+
+
+def _settings(text: str) -> Any:
+    settings = yaml.safe_load(text)
+    settings.get("trainer", {}).pop("enable_progress_bar", None)
+    return settings

@@ -97,6 +97,8 @@ def load_model(model: str | Path) -> PhenoSeq:
         return PhenoSeq.load(model)
     entry = find(str(model))
     weights = entry.folder / WEIGHTS
+    if not weights.exists():
+        raise ModelError(f"{weights}: missing; install phenoseq again")
     if hashlib.sha256(weights.read_bytes()).hexdigest() != entry.sha256:
         raise ModelError(f"{weights}: is not the file that was released; install phenoseq again")
     return PhenoSeq.load(entry.folder)

@@ -156,7 +156,9 @@ def test_pixel_size_in_nanometres_is_not_taken_for_micrometres(xenium_folder):
     fake = xenium_folder(layout="set")
     for image in fake.images:
         text = image.read_bytes()
-        image.write_bytes(text.replace(b'PhysicalSizeXUnit="&#181;m"', b'PhysicalSizeXUnit="nm"    '))
+        image.write_bytes(
+            text.replace(b'PhysicalSizeXUnit="&#181;m"', b'PhysicalSizeXUnit="nm"    ')
+        )
     (fake.path / "experiment.xenium").unlink()
     with pytest.raises(DataError, match="pixel_size"):
         open_source(fake.path)
@@ -185,10 +187,24 @@ def test_experiment_file_that_is_not_json(xenium_folder):
 @pytest.mark.parametrize("layout", ["one", "stains", "set"])
 @pytest.mark.parametrize("compression", [None, "jpeg2000"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 0.99])
-def test_truncated_image_is_refused_when_opened(xenium_folder, cut_file, layout, compression, share):
+def test_truncated_image_is_refused_when_opened(
+    xenium_folder, cut_file, layout, compression, share
+):
     fake = xenium_folder(layout=layout, compression=compression, n_cells=8)
     cut_file(fake.images[-1], share)
     with pytest.raises(DataError, match=rf"{fake.images[-1].name}.*(truncated|copy it again)"):
+        open_source(fake.path)
+
+
+@pytest.mark.parametrize("layout", ["one", "set"])
+def test_image_cut_off_after_its_full_resolution(xenium_folder, layout):
+    """All pixels of the first level are there, and none of the others."""
+    fake = xenium_folder(layout=layout, compression="jpeg2000")
+    path = fake.images[-1]
+    with tifffile.TiffFile(path) as tif:
+        end = tif.pages[0].subifds[0]
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(DataError, match=rf"{path.name}.*(truncated|copy it again)"):
         open_source(fake.path)
 
 
@@ -378,7 +394,9 @@ def test_ids_keep_their_zeros(tmp_path):
 def test_ids_as_bytes(xenium_folder, rewrite_cells):
     """As early instrument software wrote them."""
     fake = xenium_folder(layout="one")
-    rewrite_cells(fake, fake.cells.set_axis(fake.cells.index.map(str.encode)).rename_axis("cell_id"))
+    rewrite_cells(
+        fake, fake.cells.set_axis(fake.cells.index.map(str.encode)).rename_axis("cell_id")
+    )
     source = open_source(fake.path)
     assert list(source.obs.index) == list(fake.cells.index)
     np.testing.assert_array_equal(source.counts.toarray(), fake.counts)
@@ -475,7 +493,7 @@ def test_real_section(shared_data):
     assert source.counts.shape == (113688, 377)
     assert len(source.obs) == 113688
     (field,) = source.fields.values()
-    assert [level.shape for level in field.levels][0] == (13770, 34155)
+    assert field.levels[0].shape == (13770, 34155)
     assert len(field.levels) == 4
     assert not [c for c in source.var["symbol"] if c.startswith(("NegControl", "BLANK"))]
     # DNA stands where the cells are: brighter in the middle of crops than in the whole image.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 import tracemalloc
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,12 @@ import pandas as pd
 import pytest
 import zarr
 from scipy import sparse
+from zarr.storage import LocalStore
 
+from phenoseq.data import crops as crops_module
 from phenoseq.data import store as store_module
 from phenoseq.data.crops import iter_crops
+from phenoseq.data.readers import open_source
 from phenoseq.data.source import FieldImage, Level
 from phenoseq.data.store import Manifest, Store, is_store, write_store
 from phenoseq.errors import DataError
@@ -34,14 +38,20 @@ def small(path, source, **options):
     return write_store(source, path, **{"pixel_size": 0.5, "crop_px": 16, **options})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def source(ramp_source):
     return ramp_source(250)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, source):
+    return small(tmp_path_factory.mktemp("written") / "s.zarr", source)
+
+
 @pytest.fixture
-def store(tmp_path, source):
-    return small(tmp_path / "s.zarr", source)
+def store(tmp_path, written):
+    """Give a copy of one store, which a test may damage."""
+    return Store(shutil.copytree(written.path, tmp_path / "s.zarr"))
 
 
 def names_in(folder):
@@ -73,7 +83,9 @@ def test_round_trip(tmp_path, source, monkeypatch, shard):
     assert list(table.var_names) == list(source.var.index)
     assert list(table.var["symbol"]) == list(source.var["symbol"])
 
-    crops = {r: c for b in iter_crops(source, 0.5, 16) for r, c in zip(b.rows, b.images, strict=True)}
+    crops = {
+        r: c for b in iter_crops(source, 0.5, 16) for r, c in zip(b.rows, b.images, strict=True)
+    }
     np.testing.assert_array_equal(store.crops[:], np.stack([crops[row] for row in rows]))
 
 
@@ -85,8 +97,6 @@ def test_table_opens_with_anndata_alone(store):
 
 def test_from_a_xenium_folder(tmp_path, xenium_set):
     """Each crop shows the cell of its own row, through the reader and the pyramid."""
-    from phenoseq.data.readers import open_source
-
     with pytest.warns(UserWarning, match="no Ensembl id"):
         source = open_source(xenium_set.path)
     store = write_store(source, tmp_path / "s.zarr", pixel_size=0.425, crop_px=8)
@@ -96,6 +106,14 @@ def test_from_a_xenium_folder(tmp_path, xenium_set):
     expected = xenium_set.blob(cell[:, None], np.arange(4)[None])
     np.testing.assert_array_equal(store.crops[:, :, 4, 4], expected)
     np.testing.assert_array_equal(table.X.toarray(), xenium_set.counts.iloc[cell])
+
+
+def test_writing_and_reading_warn_of_nothing(tmp_path, source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store = small(tmp_path / "s.zarr", source)
+        store.table()
+        store.all_cells()
 
 
 def test_one_cell(tmp_path, ramp_source):
@@ -214,8 +232,8 @@ def test_exclusions_are_counted_and_listed(tmp_path, ramp_source):
 
 
 def test_no_crop_in_the_store_is_cut(tmp_path, ramp_source):
-    """Neither at full resolution nor where the crop is resampled from a lower level."""
-    for pixel_size in (0.5, 1.3, 2.0):
+    """Neither at full resolution nor where it is read from a lower level."""
+    for pixel_size in (0.5, 1.0, 2.0):
         source = ramp_source(400, factors=(1, 2, 4))
         store = small(tmp_path / f"{pixel_size}.zarr", source, pixel_size=pixel_size)
         cut = {
@@ -313,9 +331,7 @@ def failing_after(source, n_batches, error):
 
 @pytest.fixture
 def small_regions(monkeypatch):
-    from phenoseq.data import crops
-
-    monkeypatch.setattr(crops, "REGION", 100)
+    monkeypatch.setattr(crops_module, "REGION", 100)
     monkeypatch.setattr(store_module, "SHARD", 64)
 
 
@@ -352,6 +368,24 @@ def test_overwrite_keeps_the_old_store_until_the_new_is_whole(store, ramp_source
         small(store.path, source, overwrite=True)
     np.testing.assert_array_equal(Store(store.path).crops[:], old.crops[:])
     assert len(old) != len(crops)
+    assert names_in(store.path.parent) == ["s.zarr"]
+
+
+def test_overwrite_interrupted_while_the_old_store_is_removed(store, ramp_source, monkeypatch):
+    """Half a store still looks like one, so what is removed is elsewhere by then."""
+
+    def interrupted(folder, **_):
+        next(path for path in Path(folder).rglob("crops/c/**/*") if path.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small(store.path, ramp_source(100, seed=5), overwrite=True)
+    monkeypatch.undo()
+    left = Store(store.path)
+    assert left.manifest != store.manifest
+    assert left.read(0, len(left)).any()
+    small(store.path, ramp_source(100, seed=5), overwrite=True)
     assert names_in(store.path.parent) == ["s.zarr"]
 
 
@@ -425,8 +459,6 @@ def test_killed_in_the_middle(tmp_path, source):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    import shutil
-
     shutil.rmtree(path)
     assert names_in(tmp_path) == [running]
     assert list((tmp_path / running).rglob("crops/c/*"))  # it had begun to write
@@ -462,17 +494,6 @@ def test_parent_folders_are_made(tmp_path, source):
 # -------------------------------------------------------------------------------------- full disk
 
 
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def check_full_disk(tmp_path, source, old):
-    path = tmp_path / "s.zarr"
-    if old is not None:
-        small(path, old)
-    return path, names_in(tmp_path)
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("when", ["crops", "table", "close"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -483,8 +504,6 @@ def test_full_disk(tmp_path, source, ramp_source, monkeypatch, overwrite, when, 
 
     def fail(*_, **__):
         raise OSError(code, os.strerror(code))
-
-    from zarr.storage import LocalStore
 
     original = LocalStore.set
 
@@ -510,7 +529,7 @@ def test_full_disk(tmp_path, source, ramp_source, monkeypatch, overwrite, when, 
 def test_full_disk_that_a_library_wraps(tmp_path, source, monkeypatch, how):
     def wrap(*_, **__):
         try:
-            full()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if how == "cause":
                 raise RuntimeError("error raised while writing key 'X'") from error
@@ -575,8 +594,6 @@ def test_black_images_are_no_missing_shards(tmp_path, ramp_source):
 
 @pytest.mark.parametrize("part", ["crops", "table", "excluded"])
 def test_missing_part(store, part):
-    import shutil
-
     shutil.rmtree(store.path / part)
     with pytest.raises(DataError, match=rf"s\.zarr/{part}: missing.*damaged"):
         Store(store.path)
@@ -633,9 +650,7 @@ def test_broken_manifest(store, change):
 
 def test_memory_does_not_grow_with_the_image(tmp_path, ramp_source, monkeypatch):
     """Sixteen times the area and cells: the same crops in memory, only the tables grow."""
-    from phenoseq.data import crops
-
-    monkeypatch.setattr(crops, "REGION", 256)
+    monkeypatch.setattr(crops_module, "REGION", 256)
     monkeypatch.setattr(store_module, "SHARD", 128)
     template = ramp_source(1)
 

@@ -1,0 +1,256 @@
+"""Splits: as METRICS.md defines them, the same for ever, and nothing shared by two parts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from phenoseq.data.splits import LEFT_OUT, PARTS, SplitConfig, make_split
+from phenoseq.errors import DataError
+
+PIXEL, BLOCK, HALF = 0.2125, 318.75, 13.6  # a block of 1500 pixels; half of 64 pixels of 0.425 um
+
+
+def cells(n=4000, width=7000.0, height=2900.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {"x_centroid": rng.random(n) * width, "y_centroid": rng.random(n) * height},
+        index=[f"cell{i}" for i in range(n)],
+    )
+
+
+FIXED = SplitConfig()
+
+
+def split(obs, config=FIXED, occupied=None, crop_width=2 * HALF):
+    everyone = obs if occupied is None else occupied
+    return make_split(config, obs, crop_width=crop_width, occupied=everyone)
+
+
+def parts_by_definition(obs, occupied):
+    """Divide as METRICS.md says, in its own words and in pixels."""
+
+    def block_of(x, y):
+        return math.floor(x / PIXEL / 1500), math.floor(y / PIXEL / 1500)
+
+    places = {block_of(x, y) for x, y in zip(occupied.x_centroid, occupied.y_centroid, strict=True)}
+    order = sorted(places, key=lambda b: hashlib.sha256(f"{b[0]},{b[1]}".encode()).hexdigest())
+    n = len(order)
+    fifth, tenth = math.floor(n / 5), math.floor(n / 10)
+    part = {}
+    for rank, place in enumerate(order):
+        if rank < fifth:
+            part[place] = "test"
+        elif rank < fifth + tenth:
+            part[place] = "val"
+        elif rank < fifth + 2 * tenth:
+            part[place] = "cal"
+        else:
+            part[place] = "train"
+    out = []
+    for x, y in zip(obs.x_centroid, obs.y_centroid, strict=True):
+        bx, by = block_of(x, y)
+        own = part[bx, by]
+        for other, its in part.items():
+            gap_x = max(other[0] * BLOCK - x, x - (other[0] + 1) * BLOCK, 0)
+            gap_y = max(other[1] * BLOCK - y, y - (other[1] + 1) * BLOCK, 0)
+            if its != own and max(gap_x, gap_y) <= HALF:
+                own = "margin"
+                break
+        out.append(own)
+    return np.array(out)
+
+
+def test_fixed_split_as_defined():
+    occupied = cells()
+    obs = occupied.sample(2500, random_state=1)
+    found = split(obs, occupied=occupied).part
+    expected = parts_by_definition(obs, occupied)
+    np.testing.assert_array_equal(found, expected)
+    assert set(found) == {"train", "val", "cal", "test", "margin"}
+    assert 0.05 < (found == "margin").mean() < 0.25
+
+
+def test_groups_come_from_all_cells_of_the_source():
+    """So that a harsher filter of cells moves no block to another part."""
+    occupied = cells(900)
+    full = split(occupied).part
+    some = np.random.default_rng(0).permutation(900)[:100]
+    np.testing.assert_array_equal(split(occupied.iloc[some], occupied=occupied).part, full[some])
+
+
+def test_no_block_in_two_parts():
+    result = split(cells())
+    frame = pd.DataFrame({"group": result.group, "part": result.part})
+    kept = frame[frame.part != LEFT_OUT]
+    assert kept.groupby("group").part.nunique().max() == 1
+    assert set(kept.part) == set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("block", "crop_width"), [(100.0, 20.0), (100.0, 150.0), (30.0, 80.0), (20.0, 90.0)]
+)
+def test_no_crop_touches_a_block_of_another_part(block, crop_width):
+    """Checked against every occupied block; also for crops wider than blocks."""
+    obs = cells(1500, 600.0, 400.0)
+    config = SplitConfig(block=block, test=0.05, val=0.05, cal=0.05)
+    result = split(obs, config, crop_width=crop_width)
+    x, y = obs.x_centroid.to_numpy(), obs.y_centroid.to_numpy()
+    place = np.stack([np.floor(x / block), np.floor(y / block)], axis=1)
+    # No block is without a cell in the margin, so take the parts from a split without margin.
+    part = split(obs, config, crop_width=0.0).part
+    assert LEFT_OUT not in part
+    touched = np.zeros(len(obs), dtype=bool)
+    blocks = {(*corner, its) for corner, its in zip(place.tolist(), part.tolist(), strict=True)}
+    for column, row, its in blocks:
+        left, top = column * block, row * block
+        overlaps = (
+            (x + crop_width / 2 >= left)
+            & (x - crop_width / 2 < left + block)
+            & (y + crop_width / 2 >= top)
+            & (y - crop_width / 2 < top + block)
+        )
+        touched |= overlaps & (part != its)
+    np.testing.assert_array_equal(result.part == LEFT_OUT, touched)
+    np.testing.assert_array_equal(result.part[~touched], part[~touched])
+
+
+def test_margin_is_of_occupied_blocks_only():
+    """A block without cells is in no part."""
+    config = SplitConfig(block=100.0, test=0.5, val=0.0, cal=0.0)
+    apart = pd.DataFrame({"x_centroid": [99.0, 201.0], "y_centroid": 50.0})
+    assert set(split(apart, config, crop_width=20.0).part) == {"test", "train"}
+    side_by_side = pd.DataFrame({"x_centroid": [99.0, 101.0, 150.0], "y_centroid": 50.0})
+    result = split(side_by_side, config, crop_width=20.0)
+    assert result.part[:2].tolist() == [LEFT_OUT, LEFT_OUT]
+    assert result.part[2] in ("test", "train")
+
+
+def test_fields_have_blocks_of_their_own():
+    obs = cells(400, 500.0, 500.0).assign(field=["left", "right"] * 200)
+    config = SplitConfig(block=250.0, test=0.25, val=0.25, cal=0.25)
+    result = split(obs, config, crop_width=10.0)
+    assert {group.split(":")[0] for group in result.group} == {"left", "right"}
+    assert len(set(result.group)) == 8
+    # Where all stored cells are of one field, their blocks keep their names and parts.
+    of_left = (obs["field"] == "left").to_numpy()
+    left = split(obs[of_left], config, occupied=obs, crop_width=10.0)
+    np.testing.assert_array_equal(left.part, result.part[of_left])
+    assert left.digest == result.digest
+
+
+# ------------------------------------------------------------------------------------- by column
+
+
+def wells(n=300, n_wells=30):
+    return cells(n).assign(Metadata_Well=[f"W{i % n_wells:02d}" for i in range(n)])
+
+
+def test_by_column():
+    obs = wells()
+    result = split(obs, SplitConfig(by="Metadata_Well", block=None))
+    order = sorted(set(obs.Metadata_Well), key=lambda w: hashlib.sha256(w.encode()).hexdigest())
+    part = dict(zip(order, ["test"] * 6 + ["val"] * 3 + ["cal"] * 3 + ["train"] * 18, strict=True))
+    assert result.part.tolist() == [part[well] for well in obs.Metadata_Well]
+    assert result.group.tolist() == list(obs.Metadata_Well)
+
+
+def test_by_column_of_numbers_or_categories():
+    text = wells().assign(Metadata_Site=[str(i % 20) for i in range(300)])
+    config = SplitConfig(by="Metadata_Site", block=None)
+    expected = split(text, config)
+    for dtype in (int, "category"):
+        other = split(text.astype({"Metadata_Site": dtype}), config)
+        np.testing.assert_array_equal(other.part, expected.part)
+        assert other.digest == expected.digest
+
+
+def test_by_a_column_that_is_not_there():
+    with pytest.raises(DataError, match=r"'Metadata_Plate': cells have no such column.*Metadata_W"):
+        split(wells(), SplitConfig(by="Metadata_Plate", block=None))
+
+
+def test_by_a_column_with_holes():
+    """Cells without a group cannot be told to be on one side."""
+    obs = wells()
+    obs.loc["cell7", "Metadata_Well"] = None
+    with pytest.raises(DataError, match="'Metadata_Well': 1 cells have none"):
+        split(obs, SplitConfig(by="Metadata_Well", block=None))
+
+
+# ---------------------------------------------------------------------------------------- digest
+
+
+def test_digest_is_stable():
+    """These values are inside trained models: a change breaks their claim of a fixed split."""
+    blocks = pd.DataFrame({"x_centroid": np.arange(40) * 100.0 + 50, "y_centroid": 10.0})
+    known = "96e81ecc5fe02680"
+    assert split(blocks).digest.startswith(known)
+    assert split(blocks.iloc[::-1]).digest.startswith(known)
+    assert split(blocks.iloc[:5], occupied=blocks).digest.startswith(known)
+
+
+def test_digest_of_whole_numbers():
+    """A config file may say 300 where a script says 300.0."""
+    obs = cells(200)
+    whole = SplitConfig(block=300, test=0.2, val=0, cal=0)
+    floats = SplitConfig(block=300.0, test=0.2, val=0.0, cal=0.0)
+    assert split(obs, whole).digest == split(obs, floats).digest
+
+
+def test_digest_changes_with_config_and_groups():
+    obs = wells()
+    base = SplitConfig()
+    configs = [
+        base,
+        replace(base, block=300.0),
+        replace(base, test=0.3),
+        replace(base, val=0.2),
+        replace(base, cal=0.05),
+        SplitConfig(by="Metadata_Well", block=None),
+    ]
+    digests = [split(obs, config).digest for config in configs]
+    digests.append(split(obs, base, occupied=pd.concat([obs, cells(5, 9000.0, seed=3)])).digest)
+    assert len(set(digests)) == len(digests)
+    assert all(len(digest) == 64 for digest in digests)
+
+
+# -------------------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.1, 0.1), (0.5, 0.3, 0.2), (0.9, 0.1, 0.1)])
+def test_bad_shares(shares):
+    with pytest.raises(DataError, match="leave some training"):
+        SplitConfig(test=shares[0], val=shares[1], cal=shares[2])
+
+
+def test_bad_blocks():
+    with pytest.raises(DataError, match="no block"):
+        SplitConfig(block=0.0)
+    with pytest.raises(DataError, match="needs 'block'"):
+        SplitConfig(block=None)
+    with pytest.raises(DataError, match="only such a split has one"):
+        SplitConfig(by="Metadata_Well")
+
+
+def test_rows_of_a_part():
+    result = split(cells())
+    together = np.concatenate([result.rows(part) for part in PARTS])
+    assert len(together) == (result.part != LEFT_OUT).sum()
+    for part in PARTS:
+        assert set(result.part[result.rows(part)]) == {part}
+    with pytest.raises(DataError, match=r"no part 'dev'; choose from \['train', 'val'"):
+        result.rows("dev")
+    with pytest.raises(DataError, match="no part 'margin'"):
+        result.rows("margin")
+
+
+def test_empty_part():
+    few = split(cells(50, 300.0, 900.0))  # three blocks: a tenth of them is none
+    with pytest.raises(DataError, match="the val part has no cells: 3 groups are too few"):
+        few.rows("val")
