@@ -200,7 +200,7 @@ def evaluate(
             "n_groups": len(np.unique(split.group[rows])),
             "n_genes": int(genes.sum()),
             "n_samples": n_samples,
-            "steps": steps or config.diffusion.steps,
+            "steps": config.diffusion.steps if steps is None else steps,
             "seed": seed,
             "phenoseq_version": __version__,
         }

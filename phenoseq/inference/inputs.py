@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from phenoseq.channels import canonical_channels, match_channels
 from phenoseq.data.crops import CropBatch, iter_crops, outside, resample
 from phenoseq.data.readers import open_source, read_cells
+from phenoseq.data.readers.cells import check_cells
 from phenoseq.data.source import Source
 from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError
@@ -96,7 +97,8 @@ def _from_source(
     source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
 ) -> Inputs:
     if cells is not None:
-        obs = cells.copy() if isinstance(cells, pd.DataFrame) else read_cells(cells)
+        frame = isinstance(cells, pd.DataFrame)
+        obs = check_cells(cells, "the table 'cells'") if frame else read_cells(cells)
         if "field" not in obs:
             if len(source.fields) > 1:
                 raise DataError(f"{source.name}: several fields; 'cells' needs a column 'field'")

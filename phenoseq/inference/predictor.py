@@ -79,7 +79,7 @@ def run(
             "seed": seed,
             "n_samples": n_samples,
             "sampler": how.sampler,
-            "steps": steps or how.steps,
+            "steps": how.steps if steps is None else steps,
             "channels": [c for c in model.config.image.channels if c not in missing],
             "missing_channels": missing,
             "intensity_gain": [float(g) for g in inputs.gain],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -19,7 +20,8 @@ def check_out(out: str | Path) -> Path:
     Raises
     ------
     DataError
-        Where the name does not end in ``.h5ad`` or ``.zarr``, or its folder cannot be written to.
+        Where the name does not end in ``.h5ad`` or ``.zarr``, its folder cannot be written to, or
+        something other than an AnnData is there.
     """
     path = Path(out)
     if path.suffix not in (".h5ad", ".zarr"):
@@ -30,7 +32,20 @@ def check_out(out: str | Path) -> Path:
         raise DataError(f"{path.parent}: cannot be made ({error})") from error
     if not os.access(path.parent, os.W_OK):
         raise DataError(f"{path.parent}: no permission to write there")
+    if path.exists() and not _replaceable(path):
+        raise DataError(f"{path}: exists already and is no prediction; choose another name")
     return path
+
+
+def _replaceable(path: Path) -> bool:
+    """Tell whether a file, or a folder that holds an AnnData, is there, and not a store, say."""
+    if path.suffix == ".h5ad":
+        return path.is_file()
+    try:
+        node = json.loads((path / "zarr.json").read_text())
+        return bool(node["attributes"]["encoding-type"] == "anndata")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def write_whole(adata: ad.AnnData, path: Path) -> None:
@@ -50,8 +65,8 @@ def write_whole(adata: ad.AnnData, path: Path) -> None:
                 return
             with ad.settings.override(zarr_write_format=3):
                 adata.write_zarr(partial)
-            if path.exists():
-                shutil.rmtree(path)
+            if path.exists():  # moved as a whole, since half a table would look like one
+                path.rename(Path(some) / "old")
             partial.rename(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):

@@ -113,8 +113,8 @@ class PhenoSeqConfig:
         Raises
         ------
         ModelError
-            Where the text is not JSON, of another schema version, or has a field that is unknown,
-            missing or of the wrong type.
+            Where the text is not JSON, of another schema version, has a field that is unknown,
+            missing or of the wrong type, or lists that do not go together.
         """
         try:
             raw = json.loads(text)
@@ -127,6 +127,16 @@ class PhenoSeqConfig:
                 "install the phenoseq that wrote it, or a newer one"
             )
         built: Self = _build(cls, raw, where)
+        image, genes = built.image, built.expression.genes
+        for name, values, of in (
+            ("image: mean", image.mean, image.channels),
+            ("image: std", image.std, image.channels),
+            ("image: p999", image.p999, image.channels),
+            ("expression: symbols", built.expression.symbols, genes),
+            ("training: reliability", built.training.reliability or genes, genes),
+        ):
+            if len(values) != len(of):
+                raise ModelError(f"{where}: {name} has {len(values)} entries, not {len(of)}")
         return built
 
 

@@ -170,7 +170,7 @@ def fit_expression_space(
 
 def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    batch = 512
+    batch = min(512, counts.shape[0])
     steps = max(epochs * counts.shape[0] // batch, _MIN_STEPS)
     space.requires_grad_(True)
     groups = [{"params": space.decoder.parameters()}, {"params": [space.log_theta]}]

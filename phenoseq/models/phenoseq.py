@@ -116,7 +116,7 @@ class PhenoSeq(nn.Module):
             path=self.path,
             output=how.output,
             sampler=how.sampler,
-            steps=steps or how.steps,
+            steps=how.steps if steps is None else steps,
         )
 
     def denoising_loss(
@@ -208,7 +208,8 @@ class PhenoSeq(nn.Module):
                     else ""
                 )
                 raise ModelError(f"{folder}: no {name} there, so it is no phenoseq model{hint}")
-        config = PhenoSeqConfig.from_json((folder / CONFIG).read_text(), str(folder / CONFIG))
+        text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+        config = PhenoSeqConfig.from_json(text, str(folder / CONFIG))
         model = cls(config)
         try:
             model.load_state_dict(load_file(folder / WEIGHTS))

@@ -36,7 +36,9 @@ def finalise(model: PhenoSeq, data: StoreDataModule, seed: int = 0) -> PhenoSeq:
     covariance = torch.cov(contexts.T)
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
     model.context_mean.copy_(contexts.mean(dim=0))
-    model.context_whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
+    whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
+    score = ((contexts - contexts.mean(dim=0)) @ whiten).square().mean().sqrt()
+    model.context_whiten.copy_(whiten / score)  # 1 over training cells, whatever the ridge took
 
     rows = data.some("val", _CELLS)
     counts = data.counts[rows].toarray()

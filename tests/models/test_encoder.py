@@ -88,7 +88,7 @@ def test_joint_tells_an_absent_stain_from_a_black_one(images):
 def test_stains_are_told_apart(images, mode):
     encoder = make(mode=mode)
     swapped = images[:, [1, 0, 2]]
-    tokens, keep = encoder(images, everything(images))
+    tokens, _ = encoder(images, everything(images))
     other, _ = encoder(swapped, everything(images))
     n = tokens.shape[1] // (C if mode == "separate" else 1)
     difference = tokens - other

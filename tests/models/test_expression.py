@@ -95,7 +95,6 @@ def test_median_library_is_over_cells_with_20_counts():
 
 
 def test_decoder_knows_the_rates_of_held_out_cells(space, train, held_out):
-    """A half of each cell's counts predicts its true rates; the noise-free rates are known."""
     counts = held_out.counts.toarray()
     mu_scale = torch.from_numpy(counts.sum(axis=1, keepdims=True))
     rates, _ = space.decode(space.encode(torch.from_numpy(counts)))
@@ -118,10 +117,11 @@ def test_decoder_knows_the_rates_of_held_out_cells(space, train, held_out):
 
 def test_dispersion_tells_a_noisy_gene_from_a_poisson_one():
     rng = np.random.default_rng(0)
-    mean = np.full((3000, 10), 12.0)
+    mean = np.full((1500, 10), 12.0)
     shape = np.array([0.7] * 5 + [1e4] * 5)
     counts = rng.poisson(rng.gamma(shape, mean / shape)).astype(np.float32)
-    space = fit(sparse.csr_matrix(counts + (counts.sum(1, keepdims=True) == 0)), components=1, epochs=60)
+    assert counts.sum(axis=1).min() > 0
+    space = fit(sparse.csr_matrix(counts), components=1)
     assert (space.theta[:5] < 4).all()
     assert (space.theta[5:] > 10).all()
 
@@ -135,7 +135,7 @@ def test_weights_of_the_latent_follow_the_deviation_each_number_carries(space):
 
 def test_equal_seeds_give_equal_spaces(train):
     first, again, other = (
-        fit(train.counts, components=3, seed=seed).state_dict() for seed in (1, 1, 2)
+        fit(train.counts[:64], components=3, seed=seed).state_dict() for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["decoder.0.weight"], other["decoder.0.weight"])

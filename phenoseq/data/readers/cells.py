@@ -46,22 +46,37 @@ def read_cells(path: str | Path) -> pd.DataFrame:
     lacking = [name for name in ("cell_id", *CENTROID) if name not in table]
     if lacking:
         raise DataError(f"{path}: no column {lacking}; it has {list(table.columns)[:12]}")
-    if table.empty:
-        raise DataError(f"{path}: no cells in it")
     nameless = int(table["cell_id"].isna().sum())
     if nameless:
         raise DataError(f"{path}: {nameless} cells have no id; give every cell one of its own")
     ids = [i.decode() if isinstance(i, bytes) else str(i) for i in table.pop("cell_id")]
     table.index = pd.Index(ids, dtype=object, name="cell_id")
+    return check_cells(table, str(path))
+
+
+def check_cells(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return a table of cells, indexed by their ids, with these as text and positions as numbers.
+
+    Raises
+    ------
+    DataError
+        Where it has no rows, lacks a position or repeats a cell; ``where`` says what table it is.
+    """
+    lacking = [name for name in CENTROID if name not in table]
+    if lacking:
+        raise DataError(f"{where}: no column {lacking}; it has {list(table.columns)[:12]}")
+    if table.empty:
+        raise DataError(f"{where}: no cells in it")
+    table = table.set_axis(pd.Index(table.index.astype(str), dtype=object, name="cell_id"))
     if table.index.duplicated().any():
         twice = sorted(set(table.index[table.index.duplicated()]))
-        raise DataError(f"{path}: {len(twice)} cell ids stand there twice, e.g. {twice[:3]}")
+        raise DataError(f"{where}: {len(twice)} cell ids stand there twice, e.g. {twice[:3]}")
     for name in CENTROID:
         table[name] = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
     bad = table.index[~np.isfinite(table[CENTROID]).all(axis=1)]
     if len(bad):
         raise DataError(
-            f"{path}: {len(bad)} cells have no position (NaN or text in {CENTROID}), e.g. "
+            f"{where}: {len(bad)} cells have no position (NaN or text in {CENTROID}), e.g. "
             f"{list(bad[:3])}; remove these rows"
         )
     return table
