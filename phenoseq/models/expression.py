@@ -9,6 +9,7 @@ likelihood, so that counting noise belongs to the decoder and not to the latent.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,7 +174,10 @@ def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int,
     batch = min(512, counts.shape[0])
     steps = max(epochs * counts.shape[0] // batch, _MIN_STEPS)
     space.requires_grad_(True)
-    groups = [{"params": space.decoder.parameters()}, {"params": [space.log_theta]}]
+    groups: list[dict[str, Any]] = [
+        {"params": space.decoder.parameters()},
+        {"params": [space.log_theta]},
+    ]
     optimiser = torch.optim.Adam(groups)
     highest = [4e-3, 4e-2]  # dispersions span decades, out of reach of small steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, highest, total_steps=steps)
