@@ -37,8 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="make a training store from images and counts")
-    prepare.add_argument("source", help="Xenium output folder")
+    prepare.add_argument("source", help="folder of images, cells and counts")
     prepare.add_argument("store", help="store to write, STORE.zarr")
+    prepare.add_argument("--format", help="layout of the source (found out by itself)")
     prepare.add_argument(
         "--pixel-size", type=float, help="um a full-resolution pixel of the source"
     )
@@ -84,12 +85,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from phenoseq.data.readers import open_source
+    from phenoseq.data.readers import find_reader, open_source
     from phenoseq.data.store import write_store
     from phenoseq.progress import bar
 
-    source = open_source(options.source, pixel_size=options.pixel_size)
-    print(f"{source.kind}: {len(source.obs):,} cells, stains {', '.join(source.channels)}")
+    reader, reason = find_reader(options.source, options.format)
+    print(f"read as {reader.name}: {reason}")
+    source = open_source(options.source, format=reader.name, pixel_size=options.pixel_size)
+    print(f"{len(source.obs):,} cells, stains {', '.join(source.channels)}")
     with bar("cutting crops") as progress:
         store = write_store(
             source,

@@ -12,7 +12,7 @@ import pytest
 import tifffile
 
 from phenoseq.data.crops import iter_crops
-from phenoseq.data.readers import open_source, read_cells, read_xenium
+from phenoseq.data.readers import find_reader, open_source, read_cells, read_xenium
 from phenoseq.errors import DataError
 
 FOUR = ("DNA", "Boundary", "18S", "InteriorProtein")
@@ -283,7 +283,7 @@ def test_one_stain_twice(xenium_folder):
 
 
 def test_folder_of_another_layout(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(DataError, match="not a layout that phenoseq reads"):
         open_source(tmp_path)
@@ -501,3 +501,20 @@ def test_real_section(shared_data):
     centres = np.concatenate([b.images[:, 0, 12:20, 12:20] for b in iter_crops(some, 0.85, 32)])
     coarse = field.levels[-1]
     assert centres.mean() > 1.5 * coarse.read(0, coarse.shape[0], 0, coarse.shape[1])[0].mean()
+
+
+# ---------------------------------------------------------------------------- choice of the reader
+
+
+def test_the_reader_is_found_with_its_reason(xenium_folder):
+    folder = xenium_folder()
+    reader, reason = find_reader(folder.path)
+    assert (reader.name, reason) == ("xenium", "it has 'experiment.xenium'")
+    (folder.path / "experiment.xenium").unlink()
+    assert "cells.parquet" in find_reader(folder.path)[1]
+    assert find_reader(folder.path, "xenium")[1] == "as asked for"
+
+
+def test_an_unknown_format_names_the_nearest(tmp_path):
+    with pytest.raises(DataError, match=r"no format 'xenum'.*did you mean 'xenium'"):
+        open_source(tmp_path, format="xenum")

@@ -160,7 +160,7 @@ def test_options_that_do_not_go_with_a_store(store, image, plate):
 
 
 def test_paths_that_are_nothing(tmp_path, image):
-    with pytest.raises(DataError, match=r"none: no such folder"):
+    with pytest.raises(DataError, match=r"none: no such file or folder"):
         open_inputs(tmp_path / "none", image)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="not a layout that phenoseq reads"):

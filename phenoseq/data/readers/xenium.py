@@ -24,11 +24,12 @@ _FIELD = "section"
 MIN_MATCHED = 0.9
 
 
-def is_xenium(folder: Path) -> bool:
-    """Tell whether ``folder`` looks like a Xenium output folder."""
-    return (folder / "experiment.xenium").exists() or (
-        any((folder / name).exists() for name in _CELLS) and bool(_images(folder))
-    )
+def detect(folder: Path) -> str | None:
+    """Return what makes ``folder`` look like a Xenium output folder, or None."""
+    if (folder / "experiment.xenium").exists():
+        return "it has 'experiment.xenium'"
+    cells = next((name for name in _CELLS if (folder / name).exists()), None)
+    return f"it has {cells!r} and 'morphology_focus'" if cells and _images(folder) else None
 
 
 def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
