@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch.utils.data import DataLoader
 
-from phenoseq.data.dataset import Batch, CellStream
+from phenoseq.data.dataset import Batch, CellStream, StreamLoader
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import Store
 
@@ -86,16 +86,27 @@ class StoreDataModule(L.LightningDataModule):
             return rows
         return np.sort(np.random.default_rng(self.seed).choice(rows, n, replace=False))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Return shuffled training batches."""
-        return self._loader(self.parts.rows("train"), shuffle=True)
+    def train_dataloader(self) -> StreamLoader:
+        """Return shuffled training batches; each pass is the next epoch."""
+        return StreamLoader(self._stream(self.parts.rows("train"), shuffle=True), **self._reading)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches, always the same cells in the same order."""
-        return self._loader(self.some("val", self.max_val), shuffle=False)
+        return DataLoader(
+            self._stream(self.some("val", self.max_val), shuffle=False), **self._reading
+        )
 
-    def _loader(self, rows: NDArray[np.int64], *, shuffle: bool) -> DataLoader[Batch]:
-        stream = CellStream(
+    @property
+    def _reading(self) -> dict[str, Any]:
+        spawn = "spawn" if self.num_workers else None
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "multiprocessing_context": spawn,
+        }
+
+    def _stream(self, rows: NDArray[np.int64], *, shuffle: bool) -> CellStream:
+        return CellStream(
             self.store,
             rows,
             self.counts,
@@ -103,12 +114,6 @@ class StoreDataModule(L.LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             workers=max(self.num_workers, 1),
-        )
-        return DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self.num_workers,
-            multiprocessing_context="spawn" if self.num_workers else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""Streams cells of a store in batches, whole chunks at a time."""
+"""Streams cells of a store in batches, whole shards at a time, and can go on where it stopped."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError
 
 Batch = dict[str, Tensor]
+Rows = NDArray[np.int64]
 
 
 class CellStream(IterableDataset[Batch]):
     """Batches of cells, ``{"images": (B, C, H, W), "counts": (B, g) float32, "rows": (B,)}``.
 
-    Chunks are read whole, in an order that depends on (seed, epoch) alone and is divided over ranks
-    and workers; cells are shuffled within a window of chunks. The store is opened where it is read,
-    so that the stream can be sent to a worker; which rank this is, it asks when it is made, since a
-    worker does not know.
+    Shards are read in an order that depends on (seed, epoch) alone, and divided over ranks and
+    workers; cells are shuffled within a window of shards. In every epoch each cell is seen exactly
+    once, and every rank and worker gives the same number of batches, of nearly the same size, so
+    that no rank waits for another. The store is opened where it is read, so that the stream can be
+    sent to a worker; which rank this is, it asks when it is made, since a worker does not know.
 
     Parameters
     ----------
@@ -37,28 +39,33 @@ class CellStream(IterableDataset[Batch]):
     counts
         Raw counts of all cells of the store, CSR ``(n_obs, g)``.
     batch_size
-        Cells a batch.
+        Most cells in a batch.
     shuffle
-        False keeps the store's order and every cell. True shuffles, and gives every rank and worker
-        the same number of full batches in every epoch, so that no rank waits for another.
+        False keeps the store's order.
     seed
         Of the order.
     window
-        Chunks in memory at once, among whose cells is shuffled.
+        Shards in memory at once, among whose cells is shuffled.
     workers
         Processes that will read, of which the number of batches depends.
+
+    Attributes
+    ----------
+    epoch, start
+        The pass that the next iteration makes, and how many of this rank's batches it leaves out
+        since they were given already.
     """
 
     def __init__(
         self,
         store: str | Path,
-        rows: NDArray[np.int64],
+        rows: Rows,
         counts: sparse.csr_matrix,
         *,
         batch_size: int,
         shuffle: bool,
         seed: int = 0,
-        window: int = 64,
+        window: int = 8,
         workers: int = 1,
     ) -> None:
         super().__init__()
@@ -71,40 +78,86 @@ class CellStream(IterableDataset[Batch]):
         self.window = window
         self.workers = workers
         self.world, self.rank = _world(), _rank()
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        self.epoch = epoch
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        """Return the number of batches of one rank."""
-        shares = self._shares(self.workers)[self.rank :: self.world]
-        return sum(-(-sum(map(len, share)) // self.batch_size) for share in shares)
+        """Return the number of batches of one rank in an epoch.
+
+        Raises
+        ------
+        DataError
+            Where the cells are too few to give every reader a cell for each of its batches.
+        """
+        readers = self.world * self.workers
+        most = -(-len(self.rows) // readers)
+        batches = -(-most // self.batch_size)
+        if len(self.rows) // readers < batches:
+            raise DataError(
+                f"{self.store}: {len(self.rows)} cells cannot be shared by {readers} readers "
+                f"(devices x workers) in batches of {self.batch_size}; use fewer readers"
+                + (" or larger batches" if self.batch_size < most else "")
+            )
+        return batches * self.workers
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over the batches of this rank and worker."""
         worker = get_worker_info()
-        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        share = self._shares(workers)[worker_id * self.world + self.rank]
-        rng = np.random.default_rng([self.seed, self.epoch, self.rank, worker_id])
+        # The loader takes batches from its workers in turn, starting with the first: after a
+        # restart that one must be whose turn it was.
+        number = ((worker.id if worker else 0) + self.start) % self.workers
+        skip = len(range(number, self.start, self.workers))
         store = Store(self.store)
-        waiting: tuple[NDArray[np.int64], NDArray[Any]] | None = None
-        for start in range(0, len(share), self.window):
-            rows = np.concatenate(share[start : start + self.window])
-            images = store.take(rows)
-            if waiting is not None:
-                rows = np.concatenate([waiting[0], rows])
-                images = np.concatenate([waiting[1], images])
-            order = rng.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
-            last = start + self.window >= len(share)
-            stop = len(rows) if last else len(rows) - len(rows) % self.batch_size
-            for at in range(0, stop, self.batch_size):
-                some = order[at : at + self.batch_size]
-                yield self._batch(rows[some], images[some])
-            waiting = (rows[order[stop:]], images[order[stop:]])
+        rows = np.empty(0, dtype=np.int64)
+        unread, images = rows, store.take(rows)
+        for fresh, batches in self._plan(store, number):
+            unread = np.concatenate([unread, fresh])
+            if skip:
+                given, batches = batches[:skip], batches[skip:]
+                skip -= len(given)
+                unread = np.setdiff1d(unread, np.concatenate([unread[:0], *given]))
+            if not batches:
+                continue
+            rows = np.concatenate([rows, unread])
+            images = np.concatenate([images, store.take(unread)])
+            unread = unread[:0]
+            order = np.argsort(rows)
+            for batch in batches:
+                yield self._batch(batch, images[order[np.searchsorted(rows, batch, sorter=order)]])
+            rest = ~np.isin(rows, np.concatenate(batches))
+            rows, images = rows[rest], images[rest]
 
-    def _batch(self, rows: NDArray[np.int64], images: NDArray[Any]) -> Batch:
+    def _plan(self, store: Store, number: int) -> Iterator[tuple[Rows, list[Rows]]]:
+        """Yield, for each window, the cells to read and the batches that can then be given."""
+        shards = _by_shard(self._share(store, number), store.shard)
+        sizes = [len(part) for part in np.array_split(np.concatenate(shards), self._each)]
+        rng = np.random.default_rng([self.seed, self.epoch, self.rank, number])
+        waiting = np.empty(0, dtype=np.int64)
+        for start in range(0, len(shards), self.window):
+            fresh = np.concatenate(shards[start : start + self.window])
+            pool = np.concatenate([waiting, fresh])
+            if self.shuffle:
+                pool = rng.permutation(pool)
+            ends = np.cumsum(sizes)
+            ready = int(np.searchsorted(ends, len(pool), side="right"))
+            *batches, waiting = np.split(pool, ends[:ready])
+            sizes = sizes[ready:]
+            yield fresh, batches
+
+    @property
+    def _each(self) -> int:
+        """Batches of one reader."""
+        return len(self) // self.workers
+
+    def _share(self, store: Store, number: int) -> Rows:
+        """Return the cells of one reader, shard by shard in the order of this epoch."""
+        shards = _by_shard(self.rows, store.shard)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(shards))
+            shards = [shards[i] for i in order]
+        readers = self.world * self.workers
+        return np.array_split(np.concatenate(shards), readers)[number * self.world + self.rank]
+
+    def _batch(self, rows: Rows, images: NDArray[Any]) -> Batch:
         if images.dtype == np.uint16:
             images = images.astype(np.int32)
         return {
@@ -113,29 +166,38 @@ class CellStream(IterableDataset[Batch]):
             "rows": torch.from_numpy(rows),
         }
 
-    def _shares(self, workers: int) -> list[list[NDArray[np.int64]]]:
-        """Divide the cells, chunk by chunk, over ranks and workers.
 
-        Shuffled, every share has the same number of full batches, whatever the epoch.
-        """
-        chunk = int(Store(self.store).crops.chunks[0])
-        n = self.world * workers
-        chunks = _by_chunk(self.rows, chunk)
-        if not self.shuffle:
-            return [chunks[i::n] for i in range(n)]
-        size = len(self.rows) // (n * self.batch_size) * self.batch_size
-        if not size:
-            raise DataError(
-                f"{self.store}: {len(self.rows)} cells give no full batch of {self.batch_size} to "
-                f"each of {n} readers (devices x workers); use smaller batches or fewer readers"
-            )
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(chunks))
-        rows = np.concatenate([chunks[i] for i in order])
-        return [_by_chunk(rows[i * size : (i + 1) * size], chunk) for i in range(n)]
+class StreamLoader(DataLoader[Batch]):
+    """Loads a shuffled :class:`CellStream`, one epoch after the other.
+
+    Its state is where it is in which epoch, so that a run that was stopped goes on with the next
+    batch: Lightning keeps it in checkpoints.
+    """
+
+    dataset: CellStream
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Iterate over what is left of this epoch, or over the next one."""
+        stream = self.dataset
+        self.load_state_dict(self.state_dict())
+        for batch in super().__iter__():
+            stream.start += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches that were given."""
+        stream = self.dataset
+        if stream.start >= len(stream):
+            return {"epoch": stream.epoch + 1, "start": 0}
+        return {"epoch": stream.epoch, "start": stream.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where a state was taken."""
+        self.dataset.epoch, self.dataset.start = state["epoch"], state["start"]
 
 
-def _by_chunk(rows: NDArray[np.int64], chunk: int) -> list[NDArray[np.int64]]:
-    return np.split(rows, np.flatnonzero(np.diff(rows // chunk)) + 1)
+def _by_shard(rows: Rows, shard: int) -> list[Rows]:
+    return np.split(rows, np.flatnonzero(np.diff(rows // shard)) + 1)
 
 
 def _world() -> int:

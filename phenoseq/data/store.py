@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import math
 import os
 import shutil
 import warnings
@@ -35,8 +36,9 @@ from phenoseq.data.source import Source
 from phenoseq.errors import DataError
 
 SCHEMA_VERSION = 1
-#: Cells in a chunk (what is decoded at once) and in a shard (one file).
-CHUNK, SHARD = 64, 2048
+#: Most cells in a chunk (the least that is decoded) and in a shard (one file), and most bytes of a
+#: chunk's crops, by which there are fewer cells where crops are large.
+CHUNK, SHARD, CHUNK_BYTES = 64, 1024, 1 << 20
 Progress = Callable[[int, int], None]
 _DAMAGED = "the store is damaged: copy it again, or prepare it again"
 
@@ -144,7 +146,7 @@ class Store:
         crops = group["crops"]
         assert isinstance(crops, zarr.Array)
         self.crops = crops
-        for shard in range(-(-len(self) // int((crops.shards or crops.chunks)[0]))):
+        for shard in range(-(-len(self) // self.shard)):
             file = self.path / "crops" / "c" / str(shard) / "0" / "0" / "0"
             if not file.exists():  # zarr would read zeros
                 raise DataError(f"{file}: missing; {_DAMAGED}")
@@ -152,6 +154,11 @@ class Store:
     def __len__(self) -> int:
         """Return the number of cells."""
         return int(self.crops.shape[0])
+
+    @property
+    def shard(self) -> int:
+        """Cells in a shard, whose crops are one file."""
+        return int((self.crops.shards or self.crops.chunks)[0])
 
     def table(self) -> ad.AnnData:
         """Return the expression table: raw counts (CSR), ``obs``, ``var``, ``obsm["spatial"]``.
@@ -191,14 +198,16 @@ class Store:
             ) from error
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the crops of ``rows`` in that order, reading each chunk once."""
+        """Return the crops of ``rows`` in that order; chunks side by side are read at once."""
         size = int(self.crops.chunks[0])
         out = np.empty((len(rows), *self.crops.shape[1:]), dtype=self.crops.dtype)
-        for chunk in np.unique(rows // size):
-            some = np.flatnonzero(rows // size == chunk)
-            out[some] = self.read(chunk * size, min((chunk + 1) * size, len(self)))[
-                rows[some] - chunk * size
-            ]
+        order = np.argsort(rows, kind="stable")
+        chunk = rows[order] // size
+        new = (np.diff(chunk) > 1) | (np.diff(chunk * size // self.shard) > 0)
+        for run in np.split(order, np.flatnonzero(new) + 1):
+            if len(run):
+                start, stop = rows[run[0]] // size * size, (rows[run[-1]] // size + 1) * size
+                out[run] = self.read(start, min(stop, len(self)))[rows[run] - start]
         return out
 
 
@@ -337,11 +346,13 @@ def _write_crops(
     """Write the crops of the kept cells shard by shard; return their rows and channel stats."""
     total, n_channels = int(keep.sum()), len(source.channels)
     shape = (n_channels, crop_px, crop_px)
+    chunk = min(CHUNK, max(CHUNK_BYTES // (math.prod(shape) * source.dtype.itemsize), 1))
+    shard = SHARD // CHUNK * chunk
     array = group.create_array(
         "crops",
         shape=(total, *shape),
-        chunks=(CHUNK, *shape),
-        shards=(SHARD, *shape),
+        chunks=(chunk, *shape),
+        shards=(shard, *shape),
         dtype=source.dtype,
         compressors=(
             BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
@@ -350,7 +361,7 @@ def _write_crops(
         dimension_names=("cell", "channel", "y", "x"),
         config={"write_empty_chunks": True},
     )
-    buffer = np.empty((SHARD, *shape), dtype=source.dtype)
+    buffer = np.empty((shard, *shape), dtype=source.dtype)
     rows = np.empty(total, dtype=np.int64)
     histogram = _Histogram(n_channels, source.dtype)
     done = filled = 0
@@ -360,11 +371,11 @@ def _write_crops(
         histogram.add(batch.images)
         at = 0
         while at < len(batch.rows):
-            n = min(SHARD - filled, len(batch.rows) - at)
+            n = min(shard - filled, len(batch.rows) - at)
             buffer[filled : filled + n] = batch.images[at : at + n]
             rows[done + filled : done + filled + n] = original[batch.rows[at : at + n]]
             filled, at = filled + n, at + n
-            if filled == SHARD or done + filled == total:
+            if filled == shard or done + filled == total:
                 array[done : done + filled] = buffer[:filled]
                 done, filled = done + filled, 0
         if progress is not None:

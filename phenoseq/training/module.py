@@ -172,12 +172,6 @@ class PhenoSeqModule(L.LightningModule):
             context, counts, t.to(self.device), noise.to(self.device), drop
         )
 
-    def on_train_epoch_start(self) -> None:
-        """Give the epoch its own order of cells."""
-        loader = self.trainer.train_dataloader
-        if loader is not None:
-            loader.dataset.set_epoch(self.current_epoch)
-
     def configure_optimizers(self) -> Any:
         """Return AdamW with linear warm-up and cosine decay, by step."""
         trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]

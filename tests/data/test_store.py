@@ -128,9 +128,16 @@ def test_format(store):
     assert json.loads((store.path / "table" / "zarr.json").read_text())["zarr_format"] == 3
     crops = zarr.open_array(store.path / "crops", mode="r")
     assert crops.metadata.zarr_format == 3
-    assert crops.shards == (2048, 2, 16, 16)
+    assert crops.shards == (1024, 2, 16, 16)
     assert crops.chunks == (64, 2, 16, 16)
     assert len(list((store.path / "crops" / "c").iterdir())) == 1
+
+
+def test_large_crops_have_fewer_cells_in_a_chunk(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 5000)
+    crops = small(tmp_path / "s.zarr", source, crop_px=24).crops
+    assert crops.chunks[0] == 5000 // (2 * 24 * 24 * 2)
+    assert crops.shards[0] == 16 * crops.chunks[0]
 
 
 def test_manifest(store, source):

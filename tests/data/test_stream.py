@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -62,26 +64,18 @@ def flat(batches):
 
 
 @pytest.mark.parametrize("window", [1, 3, 64])
-@pytest.mark.parametrize("batch_size", [1, 10, 1000])
-def test_without_shuffling_every_cell_once_in_order(stream, rows, batch_size, window):
-    one = stream(shuffle=False, batch_size=batch_size, window=window)
-    batches = rows_of(one)
-    assert [row for batch in batches for row in batch] == sorted(rows)
-    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
-    assert len(batches) == len(one) == -(-len(rows) // batch_size)
-    assert rows_of(one) == batches
-
-
-@pytest.mark.parametrize("window", [1, 3, 64])
-@pytest.mark.parametrize("batch_size", [1, 10, 64])
-def test_shuffled_full_batches_without_repeats(stream, rows, batch_size, window):
-    one = stream(batch_size=batch_size, window=window)
+@pytest.mark.parametrize("batch_size", [1, 10, 64, 1000])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_cell_once_in_batches_of_nearly_one_size(stream, rows, batch_size, window, shuffle):
+    one = stream(shuffle=shuffle, batch_size=batch_size, window=window)
     batches = rows_of(one)
     seen = [row for batch in batches for row in batch]
-    assert {len(batch) for batch in batches} == {batch_size}
-    assert len(batches) == len(one) == len(rows) // batch_size
-    assert len(set(seen)) == len(seen)
-    assert set(seen) <= set(rows.tolist())
+    assert sorted(seen) == sorted(rows)
+    assert (seen == sorted(seen)) is not shuffle
+    assert len(batches) == len(one) == -(-len(rows) // batch_size)
+    sizes = {len(batch) for batch in batches}
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_shuffling_mixes_the_cells(stream):
@@ -91,19 +85,24 @@ def test_shuffling_mixes_the_cells(stream):
     assert all(batch != sorted(batch) for batch in batches)
 
 
-def test_every_cell_is_seen_over_epochs(stream, rows):
-    """The cells that make no full batch are others in each epoch."""
-    one, seen = stream(batch_size=64), set()
-    for epoch in range(12):
-        one.set_epoch(epoch)
-        seen |= set(flat(one))
-    assert seen == set(rows.tolist())
+def test_shards_are_read_whole_and_once(stream, store, monkeypatch):
+    read = []
+    take = store_module.Store.take
+    monkeypatch.setattr(
+        store_module.Store, "take", lambda self, some: read.append(some) or take(self, some)
+    )
+    list(stream(window=1, batch_size=2))
+    shards = [some // store.shard for some in read if len(some)]
+    assert all(shard.min() == shard.max() for shard in shards)
+    order = [int(shard[0]) for shard in shards]
+    assert len(set(order)) == len(order)
+    assert order != sorted(order)
 
 
 def test_order_depends_on_seed_and_epoch_alone(stream):
     def order(seed, epoch):
         one = stream(seed=seed)
-        one.set_epoch(epoch)
+        one.epoch = epoch
         return flat(one)
 
     assert order(0, 0) == order(0, 0)
@@ -138,60 +137,83 @@ def as_worker(monkeypatch, workers, number):
     monkeypatch.setattr(dataset_module, "get_worker_info", lambda: Info)
 
 
-def everything(make, monkeypatch, world, workers, epoch=0):
-    """Return the batches of each rank, over its workers, and the length that it stated."""
+def everything(make, monkeypatch, world, workers, epoch=0, start=0):
+    """Return the batches of each rank, in the order in which its loader takes them in turn."""
     out = []
     for rank in range(world):
         in_rank(monkeypatch, world, rank)
-        one = make(workers=workers)
-        one.set_epoch(epoch)
-        batches = []
-        for number in range(workers):
-            as_worker(monkeypatch, workers, number)
-            # In a worker no process group is there to ask.
-            in_rank(monkeypatch, 1, 0)
-            batches += rows_of(one)
+        one = make(workers=max(workers, 1))
+        one.epoch, one.start = epoch, start
+        # In a worker no process group is there to ask.
+        in_rank(monkeypatch, 1, 0)
+        each = []
+        for number in range(max(workers, 1)):
+            if workers:
+                as_worker(monkeypatch, workers, number)
+            each.append(rows_of(one))
         monkeypatch.setattr(dataset_module, "get_worker_info", lambda: None)
-        out.append((batches, len(one)))
+        turns = itertools.zip_longest(*each)
+        out.append([batch for turn in turns for batch in turn if batch is not None])
+        assert len(out[-1]) == len(one) - start
     return out
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 1), (3, 1), (2, 2), (1, 5)])
-def test_readers_share_disjointly_and_alike(stream, rows, monkeypatch, world, workers):
-    for epoch in range(4):
-        out = everything(stream, monkeypatch, world, workers, epoch)
-        seen = [row for batches, _ in out for batch in batches for row in batch]
-        assert len(set(seen)) == len(seen)
-        assert set(seen) <= set(rows.tolist())
-        expected = len(rows) // (10 * world * workers) * workers  # the same in each epoch
-        for batches, stated in out:
-            assert len(batches) == stated == expected
-            assert {len(batch) for batch in batches} == {10}
-
-
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 1), (3, 1), (2, 2), (3, 20)])
-def test_readers_share_every_cell_without_shuffling(stream, rows, monkeypatch, world, workers):
-    """Also where there are more readers than chunks."""
-
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_cell_once_an_epoch_on_every_number_of_readers(
+    stream, rows, monkeypatch, world, workers, shuffle
+):
     def make(**options):
-        return stream(shuffle=False, **options)
+        return stream(shuffle=shuffle, **options)
 
-    out = everything(make, monkeypatch, world, workers)
-    seen = [row for batches, _ in out for batch in batches for row in batch]
-    assert sorted(seen) == sorted(rows.tolist())
-    for batches, stated in out:
-        assert len(batches) == stated
+    for epoch in range(3):
+        out = everything(make, monkeypatch, world, workers, epoch)
+        assert sorted(row for rank in out for batch in rank for row in batch) == sorted(rows)
+        assert len({len(rank) for rank in out}) == 1
+        sizes = {len(batch) for rank in out for batch in rank}
+        assert max(sizes) <= 10
+        assert max(sizes) - min(sizes) <= 2
 
 
-def test_more_readers_than_full_batches(stream, rows, monkeypatch):
-    """No epoch of nothing, without a word."""
-    with pytest.raises(DataError, match=rf"{len(rows)} cells give no full batch of 1000"):
-        list(stream(batch_size=1000))
-    with pytest.raises(DataError, match="each of 40 readers"):
-        len(stream(workers=40))
-    in_rank(monkeypatch, 2, 1)
-    with pytest.raises(DataError, match="each of 2 readers"):
-        next(iter(stream(batch_size=len(rows) // 2 + 1)))
+def test_readers_draw_differently(stream, monkeypatch):
+    """Every rank, worker and epoch has an order of its own."""
+    inside = [
+        np.argsort(np.argsort(batch)).tolist()
+        for epoch in (0, 1)
+        for rank in everything(stream, monkeypatch, 2, 2, epoch)
+        for batch in rank[:2]
+    ]
+    assert len({tuple(order) for order in inside}) == len(inside) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("start", [1, 2, 7, 8])
+def test_going_on_in_the_middle_of_an_epoch(stream, monkeypatch, start, workers):
+    whole = everything(stream, monkeypatch, 2, workers, epoch=1)
+    rest = everything(stream, monkeypatch, 2, workers, epoch=1, start=start)
+    assert rest == [rank[start:] for rank in whole]
+
+
+def test_going_on_reads_no_cell_that_was_given(stream, monkeypatch):
+    read = []
+    take = store_module.Store.take
+    monkeypatch.setattr(
+        store_module.Store, "take", lambda self, some: read.extend(some) or take(self, some)
+    )
+    one = stream(window=1)
+    one.start = len(one) - 1
+    assert len(rows_of(one)) == 1
+    assert len(read) <= 10
+
+
+def test_too_few_cells_for_the_readers(stream, rows, monkeypatch):
+    """No reader without a batch, and no word."""
+    with pytest.raises(DataError, match=rf"{len(rows)} cells cannot be shared by 1000 readers"):
+        len(stream(workers=1000))
+    in_rank(monkeypatch, 3, 1)
+    with pytest.raises(DataError, match="or larger batches"):
+        list(stream(batch_size=1, workers=7))
 
 
 # ------------------------------------------------------------------------------------ datamodule
@@ -252,7 +274,25 @@ def test_two_worker_processes_give_the_same_cells(store):
         np.testing.assert_array_equal(batch["images"], crops[chosen])
         np.testing.assert_array_equal(batch["counts"], dense[chosen])
     assert len(both.val_dataloader()) == len(val)
-    assert len(both.train_dataloader()) == len(alone.parts.rows("train")) // 20 * 2
+    assert sorted(flat(both.train_dataloader())) == both.parts.rows("train").tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_goes_on_where_its_state_was_taken(store, workers):
+    whole = module(store, num_workers=workers).train_dataloader()
+    epochs = [rows_of(whole), rows_of(whole)]
+    assert sorted(np.concatenate(epochs[0])) == sorted(np.concatenate(epochs[1]))
+    assert epochs[0] != epochs[1]
+
+    stopped = module(store, num_workers=workers).train_dataloader()
+    for _ in zip(range(3), stopped, strict=False):
+        pass
+    assert stopped.state_dict() == {"epoch": 0, "start": 3}
+    resumed = module(store, num_workers=workers).train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    assert rows_of(resumed) == epochs[0][3:]
+    assert resumed.state_dict() == {"epoch": 1, "start": 0}
+    assert rows_of(resumed) == epochs[1]
 
 
 def test_store_is_not_written_to(store):
