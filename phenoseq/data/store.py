@@ -19,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -365,7 +365,7 @@ def _write_crops(
     rows = np.empty(total, dtype=np.int64)
     histogram = _Histogram(n_channels, source.dtype)
     done = filled = 0
-    kept = _restrict(source, keep)
+    kept = replace(source, obs=source.obs[keep], counts=None, var=None)
     original = np.flatnonzero(keep)
     for batch in iter_crops(kept, pixel_size, crop_px):
         histogram.add(batch.images)
@@ -381,12 +381,6 @@ def _write_crops(
         if progress is not None:
             progress(done + filled, total)
     return rows, histogram.stats()
-
-
-def _restrict(source: Source, keep: NDArray[np.bool_]) -> Source:
-    from dataclasses import replace
-
-    return replace(source, obs=source.obs[keep], counts=None, var=None)
 
 
 class _Histogram:
