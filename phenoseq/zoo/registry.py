@@ -50,7 +50,7 @@ _ENTRIES = (
         name="simulated-plate",
         summary="60 invented genes from simulated Cell Painting, for demos and tests",
         data="phenoseq.data.simulate (no real cells)",
-        sha256="",
+        sha256="72e6c59bff15d9fbc74b7b95c3166559f71ca4bec7db406856049fb9ae59b879",
     ),
 )
 
