@@ -32,7 +32,7 @@ options = parser.parse_args()
 
 model, store = phenoseq.load_model(options.model), phenoseq.Store(options.store)
 table = store.table()
-split = split_of(store, table, SplitConfig(**model.config.training.split))
+split = split_of(store, SplitConfig(**model.config.training.split))
 rows = split.rows("test")
 prediction = run(model, open_inputs(store, model.config.image, rows=rows))
 truth = normalised(table.X[rows], model.config.expression.median_library)

@@ -168,7 +168,7 @@ def evaluate(
     config = loaded.config
     if tuple(table.var_names) != config.expression.genes:
         raise DataError(f"{store}: its genes are not those of {name}, in the same order")
-    split = split_of(opened, table, SplitConfig(**config.training.split))  # type: ignore[arg-type]
+    split = split_of(opened, SplitConfig(**config.training.split))  # type: ignore[arg-type]
     same = opened.manifest.identity == config.training.identity
     if same and split.digest != config.training.split_digest:
         raise DataError(

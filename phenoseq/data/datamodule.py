@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 from torch.utils.data import DataLoader
 
 from phenoseq.data.dataset import Batch, CellStream, StreamLoader
@@ -37,12 +35,11 @@ class StoreDataModule(L.LightningDataModule):
 
     Attributes
     ----------
-    opened, table, parts
-        The store, its expression table and its split, after :meth:`setup`.
+    opened, parts
+        The store and its split, after :meth:`setup`.
     """
 
     opened: Store
-    table: ad.AnnData
     parts: Split
 
     def __init__(
@@ -67,17 +64,7 @@ class StoreDataModule(L.LightningDataModule):
         if hasattr(self, "opened"):
             return
         self.opened = Store(self.store)
-        self.table = self.opened.table()
-        self.parts = split_of(self.opened, self.table, self.split)
-
-    @property
-    def counts(self) -> sparse.csr_matrix:
-        """Raw counts of all cells of the store, CSR."""
-        return self.table.X
-
-    def image_sample(self, part: str, n: int) -> NDArray[Any]:
-        """Return the crops of up to ``n`` cells of a part, drawn by the seed, ``(n, C, H, W)``."""
-        return self.opened.take(self.some(part, n))
+        self.parts = split_of(self.opened, self.split)
 
     def some(self, part: str, n: int) -> NDArray[np.int64]:
         """Return up to ``n`` cells of a part, drawn by the seed, in the store's order."""
@@ -109,7 +96,6 @@ class StoreDataModule(L.LightningDataModule):
         return CellStream(
             self.store,
             rows,
-            self.counts,
             batch_size=self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
@@ -117,11 +103,11 @@ class StoreDataModule(L.LightningDataModule):
         )
 
 
-def split_of(store: Store, table: ad.AnnData, config: SplitConfig) -> Split:
+def split_of(store: Store, config: SplitConfig) -> Split:
     """Divide the cells of a store."""
     return make_split(
         config,
-        table.obs,
+        store.obs(),
         crop_width=store.manifest.crop_width,
         occupied=store.all_cells(),
     )

@@ -36,8 +36,6 @@ class CellStream(IterableDataset[Batch]):
         Path of the store.
     rows
         Cells to stream, positions in the store.
-    counts
-        Raw counts of all cells of the store, CSR ``(n_obs, g)``.
     batch_size
         Most cells in a batch.
     shuffle
@@ -60,7 +58,6 @@ class CellStream(IterableDataset[Batch]):
         self,
         store: str | Path,
         rows: Rows,
-        counts: sparse.csr_matrix,
         *,
         batch_size: int,
         shuffle: bool,
@@ -71,7 +68,6 @@ class CellStream(IterableDataset[Batch]):
         super().__init__()
         self.store = Path(store)
         self.rows = np.sort(rows)
-        self.counts = counts
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -108,7 +104,7 @@ class CellStream(IterableDataset[Batch]):
         skip = len(range(number, self.start, self.workers))
         store = Store(self.store)
         rows = np.empty(0, dtype=np.int64)
-        unread, images = rows, store.take(rows)
+        unread, images, counts = rows, store.take(rows), store.counts(rows)
         for fresh, batches in self._plan(store, number):
             unread = np.concatenate([unread, fresh])
             if skip:
@@ -119,12 +115,14 @@ class CellStream(IterableDataset[Batch]):
                 continue
             rows = np.concatenate([rows, unread])
             images = np.concatenate([images, store.take(unread)])
+            counts = sparse.vstack([counts, store.counts(unread)], format="csr")
             unread = unread[:0]
             order = np.argsort(rows)
             for batch in batches:
-                yield self._batch(batch, images[order[np.searchsorted(rows, batch, sorter=order)]])
+                some = order[np.searchsorted(rows, batch, sorter=order)]
+                yield _batch(batch, images[some], counts[some])
             rest = ~np.isin(rows, np.concatenate(batches))
-            rows, images = rows[rest], images[rest]
+            rows, images, counts = rows[rest], images[rest], counts[rest]
 
     def _plan(self, store: Store, number: int) -> Iterator[tuple[Rows, list[Rows]]]:
         """Yield, for each window, the cells to read and the batches that can then be given."""
@@ -157,15 +155,6 @@ class CellStream(IterableDataset[Batch]):
         readers = self.world * self.workers
         return np.array_split(np.concatenate(shards), readers)[number * self.world + self.rank]
 
-    def _batch(self, rows: Rows, images: NDArray[Any]) -> Batch:
-        if images.dtype == np.uint16:
-            images = images.astype(np.int32)
-        return {
-            "images": torch.from_numpy(images),
-            "counts": torch.from_numpy(self.counts[rows].toarray().astype(np.float32)),
-            "rows": torch.from_numpy(rows),
-        }
-
 
 class StreamLoader(DataLoader[Batch]):
     """Loads a shuffled :class:`CellStream`, one epoch after the other.
@@ -194,6 +183,16 @@ class StreamLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where a state was taken."""
         self.dataset.epoch, self.dataset.start = state["epoch"], state["start"]
+
+
+def _batch(rows: Rows, images: NDArray[Any], counts: sparse.csr_matrix) -> Batch:
+    if images.dtype == np.uint16:
+        images = images.astype(np.int32)
+    return {
+        "images": torch.from_numpy(images),
+        "counts": torch.from_numpy(counts.toarray().astype(np.float32)),
+        "rows": torch.from_numpy(rows),
+    }
 
 
 def _by_shard(rows: Rows, shard: int) -> list[Rows]:

@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import zarr
 from numpy.typing import NDArray
+from scipy import sparse
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from phenoseq._version import __version__
@@ -138,7 +139,7 @@ class Store:
                 f"{self.path}: no phenoseq store; make one with "
                 f"'phenoseq prepare SOURCE {self.path.name}'"
             )
-        group = zarr.open_group(self.path, mode="r")
+        self._group = group = zarr.open_group(self.path, mode="r")
         self.manifest = Manifest.from_json(group.attrs["phenoseq"], str(self.path))
         for name in ("crops", "table", "excluded"):
             if name not in group:
@@ -168,16 +169,40 @@ class Store:
         DataError
             Where it cannot be read.
         """
-        try:
+        with self._reading("table"):
             table: ad.AnnData = ad.read_zarr(self.path / "table")
-        except Exception as error:  # each codec has errors of its own
-            raise DataError(f"{self.path}/table: cannot be read ({error}); {_DAMAGED}") from error
         return table
+
+    def obs(self) -> pd.DataFrame:
+        """Return the ``obs`` of the expression table alone; as for :meth:`table`."""
+        with self._reading("table/obs"):
+            obs: pd.DataFrame = ad.io.read_elem(self._group["table/obs"])
+        return obs
+
+    def counts(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+        """Return the raw counts of ``rows`` in that order, CSR ``(n, g)``, reading no others.
+
+        Raises
+        ------
+        DataError
+            Where they cannot be read.
+        """
+        with self._reading("table/X"):
+            matrix = ad.io.sparse_dataset(self._group["table/X"])
+            parts, order = [], []
+            for run, start, stop in self._runs(rows):
+                parts.append(sparse.csr_matrix(matrix[start:stop])[rows[run] - start])
+                order.append(run)
+            if not parts:
+                return sparse.csr_matrix((0, len(self.manifest.genes)), dtype=np.float32)
+            back = np.argsort(np.concatenate(order))
+            return sparse.vstack(parts, format="csr")[back]
 
     def all_cells(self) -> pd.DataFrame:
         """Return field and position of every cell of the source, also those not in the store."""
-        obs = self.table().obs
-        excluded = ad.io.read_elem(zarr.open_group(self.path, mode="r")["excluded"])
+        obs = self.obs()
+        with self._reading("excluded"):
+            excluded = ad.io.read_elem(self._group["excluded"])
         shared = [name for name in obs.columns if name in excluded]
         return pd.concat([obs[shared].astype(excluded[shared].dtypes), excluded[shared]])
 
@@ -189,26 +214,36 @@ class Store:
         DataError
             Where a chunk is corrupt.
         """
-        try:
+        with self._reading(f"crops, cells {start} to {stop}"):
             return np.asarray(self.crops[start:stop])
-        except Exception as error:  # each codec has errors of its own
-            raise DataError(
-                f"{self.path}/crops: cells {start} to {stop} cannot be decoded ({error}); "
-                f"{_DAMAGED}"
-            ) from error
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the crops of ``rows`` in that order; chunks side by side are read at once."""
-        size = int(self.crops.chunks[0])
         out = np.empty((len(rows), *self.crops.shape[1:]), dtype=self.crops.dtype)
+        for run, start, stop in self._runs(rows):
+            out[run] = self.read(start, stop)[rows[run] - start]
+        return out
+
+    def _runs(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+        """Yield positions in ``rows`` that are read at once, and from which cell to which.
+
+        These are whole chunks side by side, within one shard.
+        """
+        size = int(self.crops.chunks[0])
         order = np.argsort(rows, kind="stable")
         chunk = rows[order] // size
         new = (np.diff(chunk) > 1) | (np.diff(chunk * size // self.shard) > 0)
         for run in np.split(order, np.flatnonzero(new) + 1):
             if len(run):
-                start, stop = rows[run[0]] // size * size, (rows[run[-1]] // size + 1) * size
-                out[run] = self.read(start, min(stop, len(self)))[rows[run] - start]
-        return out
+                start, stop = int(rows[run[0]] // size), int(rows[run[-1]] // size + 1)
+                yield run, start * size, min(stop * size, len(self))
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each codec has errors of its own
+            raise DataError(f"{self.path}/{what}: cannot be read ({error}); {_DAMAGED}") from error
 
 
 def is_store(path: str | Path) -> bool:

@@ -149,7 +149,7 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
     return Inputs(
         str(store.path),
         manifest.identity,
-        store.table().obs.iloc[rows],
+        store.obs().iloc[rows],
         tuple(placed),
         np.dtype(manifest.dtype),
         gain,

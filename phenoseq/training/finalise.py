@@ -41,7 +41,7 @@ def finalise(model: PhenoSeq, data: StoreDataModule, seed: int = 0) -> PhenoSeq:
     model.context_whiten.copy_(whiten / score)  # 1 over training cells, whatever the ridge took
 
     rows = data.some("val", _CELLS)
-    counts = data.counts[rows].toarray()
+    counts = data.opened.counts(rows).toarray()
     rich = counts.sum(axis=1) >= MIN_LIBRARY
     generator = torch.Generator().manual_seed(seed)
     rates = []

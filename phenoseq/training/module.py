@@ -96,9 +96,9 @@ class PhenoSeqModule(L.LightningModule):
         """Build an untrained model whose data-dependent parts are fitted to the training cells."""
         manifest = data.opened.manifest
         rows = data.parts.rows("train")
-        pixels = data.image_sample("train", _STATISTICS_CELLS).astype(np.float32)
+        pixels = data.opened.take(data.some("train", _STATISTICS_CELLS)).astype(np.float32)
         space = fit_expression_space(
-            data.counts[rows],
+            data.opened.counts(rows),
             manifest.genes,
             manifest.symbols,
             components=self.components,

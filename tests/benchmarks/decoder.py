@@ -42,8 +42,8 @@ def main(store: str, name: str, epochs: int) -> None:
     with torch.inference_mode():
         encoder = timed(lambda: model.encode(crops))
     median = model.config.expression.median_library
-    truth = normalised(data.counts[val], median)
-    genes = scored_genes(data.counts[train])
+    truth = normalised(data.opened.counts(val), median)
+    genes = scored_genes(data.opened.counts(train))
     print(f"{len(train)} training cells, {epochs} epochs each; {len(val)} validation cells")
     print("| depth | tokens | parameters | 16 draws / encoder | loss | median `pcc_gene` |")
     print("|---|---|---|---|---|---|")
@@ -51,13 +51,13 @@ def main(store: str, name: str, epochs: int) -> None:
         torch.manual_seed(0)
         model.config = replace(model.config, denoiser=size)
         model.denoiser = Denoiser(size, model.config.expression.latent_dim)
-        fit(model, contexts["train"], data.counts[train], epochs)
+        fit(model, contexts["train"], data.opened.counts(train), epochs)
         with torch.inference_mode():
             keep = torch.ones(contexts["val"].shape[:2], dtype=torch.bool)
             few = (contexts["val"][:128], keep[:128])
             noise = torch.randn(128, DRAWS, model.config.expression.latent_dim)
             cost = timed(lambda few=few, noise=noise: model.generate(few, noise))
-            loss, predicted = judge(model, contexts["val"], data.counts[val])
+            loss, predicted = judge(model, contexts["val"], data.opened.counts(val))
         r = np.median(pcc_gene(truth[:, genes], predicted[:, genes]))
         n = sum(p.numel() for p in model.denoiser.parameters())
         print(

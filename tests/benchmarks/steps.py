@@ -29,8 +29,8 @@ def main(store: str, name: str) -> None:
     data.setup()
     rows = data.some("val", CELLS)
     median = model.config.expression.median_library
-    truth = normalised(data.counts[rows], median)
-    genes = scored_genes(data.counts[data.parts.rows("train")])
+    truth = normalised(data.opened.counts(rows), median)
+    genes = scored_genes(data.opened.counts(data.parts.rows("train")))
     inputs = open_inputs(data.opened, model.config.image, rows=rows)
     crops = torch.from_numpy(data.opened.take(rows[:BATCH]).astype(np.float32))
     noise = torch.randn(BATCH, 16, model.config.expression.latent_dim)

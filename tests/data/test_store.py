@@ -133,6 +133,16 @@ def test_format(store):
     assert len(list((store.path / "crops" / "c").iterdir())) == 1
 
 
+def test_counts_and_crops_of_some_cells_in_any_order(store):
+    rows = np.random.default_rng(0).permutation(len(store))[:50]
+    rows = np.concatenate([rows, rows[:3]])
+    whole = store.table().X
+    np.testing.assert_array_equal(store.counts(rows).toarray(), whole[rows].toarray())
+    np.testing.assert_array_equal(store.take(rows), store.crops[:][rows])
+    assert store.counts(rows[:0]).shape == (0, whole.shape[1])
+    pd.testing.assert_frame_equal(store.obs(), store.table().obs)
+
+
 def test_large_crops_have_fewer_cells_in_a_chunk(tmp_path, source, monkeypatch):
     monkeypatch.setattr(store_module, "CHUNK_BYTES", 5000)
     crops = small(tmp_path / "s.zarr", source, crop_px=24).crops
@@ -568,7 +578,7 @@ def test_corrupt_chunk(store):
     data[middle] ^= 0x01  # one bit
     file.write_bytes(data)
     damaged = Store(store.path)
-    with pytest.raises(DataError, match=r"s\.zarr/crops: cells 0 to \d+ cannot be decoded"):
+    with pytest.raises(DataError, match=r"s\.zarr/crops, cells 0 to \d+: cannot be read"):
         damaged.read(0, len(damaged))
     with pytest.raises(DataError, match=r"s\.zarr/crops: cells"):
         damaged.take(np.arange(len(damaged)))
