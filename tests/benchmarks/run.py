@@ -34,6 +34,7 @@ def main() -> None:
         store = str(Path(where) / "section.zarr")
         command = ["-m", "phenoseq.cli", "prepare", str(SECTION), store]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        bench("Streaming a store", str(HERE / "streaming.py"), store)
         bench("Steps: quality against cost", str(HERE / "steps.py"), store)
         bench("Decoder size: quality against cost", str(HERE / "decoder.py"), store)
     bench("predict, on the whole section", str(HERE / "section.py"), str(SECTION))
