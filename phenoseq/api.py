@@ -28,8 +28,9 @@ from phenoseq.evaluation.report import (
     scored_genes,
 )
 from phenoseq.inference.inputs import open_inputs
-from phenoseq.inference.predictor import run
-from phenoseq.inference.writer import check_out, write_whole
+from phenoseq.inference.predictor import image_job, run
+from phenoseq.inference.table import predict_file, predict_table
+from phenoseq.inference.writer import check_out
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.progress import bar
 from phenoseq.training.baselines import fit_baselines
@@ -109,21 +110,21 @@ def predict(
     inputs = open_inputs(
         source, loaded.config.image, channels=channels, pixel_size=pixel_size, cells=cells
     )
+    job = image_job(
+        loaded,
+        inputs,
+        n_samples=n_samples,
+        steps=steps,
+        seed=seed,
+        device=device,
+        keep_draws=keep_draws,
+        name=name,
+    )
     with bar("predicting") as progress:
-        result = run(
-            loaded,
-            inputs,
-            n_samples=n_samples,
-            steps=steps,
-            seed=seed,
-            device=device,
-            keep_draws=keep_draws,
-            progress=progress,
-        )
-    result.uns["phenoseq"]["model"] = name
-    if path is not None:
-        write_whole(result, path)
-    return result
+        if path is None:
+            return predict_table(job, progress)
+        predict_file(job, path, progress)
+    return ad.read_h5ad(path) if path.suffix == ".h5ad" else ad.read_zarr(path)
 
 
 def evaluate(

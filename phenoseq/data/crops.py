@@ -38,6 +38,10 @@ class CropBatch:
     images: NDArray[Any]
     cut: NDArray[np.bool_]
 
+    def __getitem__(self, some: slice) -> CropBatch:
+        """Return some of the cells."""
+        return CropBatch(self.rows[some], self.images[some], self.cut[some])
+
 
 def outside(source: Source) -> NDArray[np.bool_]:
     """Tell which cells have their centroid outside their image, bool ``(n_obs,)``.
@@ -66,14 +70,34 @@ def outside(source: Source) -> NDArray[np.bool_]:
     return out
 
 
+def crop_order(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.int64]:
+    """Return the cells that lie inside their image, in the order in which they are best read.
+
+    That is field by field, and region by region: so that pixels are read once.
+    """
+    inside = ~outside(source)
+    centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()
+    parts = [np.empty(0, dtype=np.int64)]
+    for name, rows in _by_field(source.obs):
+        chosen = rows[inside[rows]]
+        place = _Places(source.fields[name], centres[chosen], pixel_size, crop_px)
+        parts.append(chosen[place.order])
+    return np.concatenate(parts)
+
+
 def iter_crops(
-    source: Source, pixel_size: float, crop_px: int, *, batch_size: int = 512
+    source: Source,
+    pixel_size: float,
+    crop_px: int,
+    *,
+    batch_size: int = 512,
+    rows: NDArray[np.int64] | None = None,
 ) -> Iterator[CropBatch]:
-    """Cut a crop around every cell that lies inside its image, region by region.
+    """Cut a crop around cells, region by region.
 
     The coarsest pyramid level that is fine enough is read, in regions of bounded size, and each
     crop is resampled (bilinear, antialiased) to ``pixel_size``. A crop depends on its cell and
-    image alone. Cells come in the order of the regions, not of ``source.obs``.
+    image alone.
 
     Parameters
     ----------
@@ -84,20 +108,37 @@ def iter_crops(
     crop_px
         Side of the crops in pixels.
     batch_size
-        Most crops in a batch.
+        Crops in a batch; only the last has fewer.
+    rows
+        Which cells, in which order; all of :func:`crop_order` by default, of which others should
+        be parts, or regions are read again and again.
 
     Raises
     ------
     DataError
         Where an image cannot be decoded.
     """
-    inside = ~outside(source)
-    for name, rows in _by_field(source.obs):
-        chosen = rows[inside[rows]]
-        centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()[chosen]
-        yield from _field_crops(
-            source.fields[name], chosen, centres, pixel_size, crop_px, batch_size
-        )
+    if rows is None:
+        rows = crop_order(source, pixel_size, crop_px)
+    waiting: list[CropBatch] = []
+    for piece in _pieces(source, rows, pixel_size, crop_px, batch_size):
+        waiting.append(piece)
+        if sum(len(w.rows) for w in waiting) >= batch_size:
+            whole = _joined(waiting)
+            yield whole[:batch_size]
+            waiting = [whole[batch_size:]]
+    if any(len(piece.rows) for piece in waiting):
+        yield _joined(waiting)
+
+
+def _joined(pieces: list[CropBatch]) -> CropBatch:
+    if len(pieces) == 1:
+        return pieces[0]
+    return CropBatch(
+        np.concatenate([p.rows for p in pieces]),
+        np.concatenate([p.images for p in pieces]),
+        np.concatenate([p.cut for p in pieces]),
+    )
 
 
 def _by_field(obs: pd.DataFrame) -> list[tuple[str, NDArray[np.int64]]]:
@@ -105,36 +146,60 @@ def _by_field(obs: pd.DataFrame) -> list[tuple[str, NDArray[np.int64]]]:
     return [(str(name), np.asarray(rows, dtype=np.int64)) for name, rows in groups.items()]
 
 
-def _field_crops(
-    image: FieldImage,
+class _Places:
+    """Where the crops of some cells of a field lie, in pixels of the level that is read."""
+
+    def __init__(
+        self, image: FieldImage, centres: NDArray[np.float64], pixel_size: float, crop_px: int
+    ) -> None:
+        self.level = image.level_for(pixel_size)
+        self.side = max(round(crop_px * pixel_size / self.level.pixel_size), 1)
+        corner = np.round(centres / self.level.pixel_size - self.side / 2)
+        self.corner: NDArray[np.int64] = corner.astype(np.int64)
+
+    @property
+    def region(self) -> NDArray[np.int64]:
+        """Region of each crop, ``(n, 2)``."""
+        return np.clip(self.corner, 0, None) // REGION
+
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """The crops region by region."""
+        corner, region = self.corner, self.region
+        return np.lexsort((corner[:, 1], corner[:, 0], region[:, 1], region[:, 0]))
+
+
+def _pieces(
+    source: Source,
     rows: NDArray[np.int64],
-    centres: NDArray[np.float64],
     pixel_size: float,
     crop_px: int,
-    batch_size: int,
+    at_once: int,
 ) -> Iterator[CropBatch]:
-    level = image.level_for(pixel_size)
-    side = max(round(crop_px * pixel_size / level.pixel_size), 1)
-    corner = np.round(centres / level.pixel_size - side / 2).astype(np.int64)
-    height, width = level.shape
-    cut: NDArray[np.bool_] = np.any((corner < 0) | (corner + side > [height, width]), axis=1)
-    region = np.clip(corner, 0, None) // REGION
-    order = np.lexsort((corner[:, 1], corner[:, 0], region[:, 1], region[:, 0]))
-    edges = np.flatnonzero(np.any(np.diff(region[order], axis=0), axis=1)) + 1
-    for group in np.split(order, edges):
-        if not len(group):
-            continue
-        (y0, x0), (y1, x1) = corner[group].min(axis=0), corner[group].max(axis=0) + side
-        pixels = level.read(max(y0, 0), min(y1, height), max(x0, 0), min(x1, width))
-        pad = [(0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - width, 0))]
-        if any(before or after for before, after in pad):
-            pixels = np.pad(pixels, pad, mode="symmetric")
-        for start in range(0, len(group), batch_size):
-            some = group[start : start + batch_size]
-            crops = np.empty((len(some), len(pixels), side, side), dtype=pixels.dtype)
-            for out, (y, x) in zip(crops, corner[some] - [y0, x0], strict=True):
-                out[:] = pixels[:, y : y + side, x : x + side]
-            yield CropBatch(rows[some], resample(crops, crop_px), cut[some])
+    """Yield the crops of ``rows`` in order, reading each region once where it comes up once."""
+    if not len(rows):
+        return
+    field = source.obs["field"].astype(str).to_numpy()
+    centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()
+    for some in np.split(rows, np.flatnonzero(field[rows][1:] != field[rows][:-1]) + 1):
+        image = source.fields[field[some[0]]]
+        place = _Places(image, centres[some], pixel_size, crop_px)
+        level, side, corner = place.level, place.side, place.corner
+        height, width = level.shape
+        cut = np.any((corner < 0) | (corner + side > [height, width]), axis=1)
+        edges = np.flatnonzero(np.any(np.diff(place.region, axis=0), axis=1)) + 1
+        for group in np.split(np.arange(len(some)), edges):
+            (y0, x0), (y1, x1) = corner[group].min(axis=0), corner[group].max(axis=0) + side
+            pixels = level.read(max(y0, 0), min(y1, height), max(x0, 0), min(x1, width))
+            pad = [(0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - width, 0))]
+            if any(before or after for before, after in pad):
+                pixels = np.pad(pixels, pad, mode="symmetric")
+            for start in range(0, len(group), at_once):
+                part = group[start : start + at_once]
+                crops = np.empty((len(part), len(pixels), side, side), dtype=pixels.dtype)
+                for out, (y, x) in zip(crops, corner[part] - [y0, x0], strict=True):
+                    out[:] = pixels[:, y : y + side, x : x + side]
+                yield CropBatch(some[part], resample(crops, crop_px), cut[part])
 
 
 def resample(crops: NDArray[Any], crop_px: int) -> NDArray[Any]:

@@ -10,7 +10,6 @@ Layout::
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import math
@@ -34,6 +33,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from phenoseq._version import __version__
 from phenoseq.data.crops import iter_crops, outside
 from phenoseq.data.source import Source
+from phenoseq.disk import room_for
 from phenoseq.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -402,7 +402,7 @@ def _write_crops(
     done = filled = 0
     kept = replace(source, obs=source.obs[keep], counts=None, var=None)
     original = np.flatnonzero(keep)
-    for batch in iter_crops(kept, pixel_size, crop_px):
+    for batch in iter_crops(kept, pixel_size, crop_px, batch_size=CHUNK):
         histogram.add(batch.images)
         at = 0
         while at < len(batch.rows):
@@ -460,29 +460,13 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        yield partial / "new"
-        if path.exists():  # moved as a whole, since half a store would look like one
-            path.rename(partial / "old")
-        (partial / "new").rename(path)
-    except Exception as error:
-        if _disk_is_full(error):
-            free = shutil.disk_usage(path.parent).free
-            raise DataError(
-                f"{path}: the disk is full ({free / 1e9:.1f} GB free); nothing was written. Free "
-                "some space or write elsewhere, and run it again"
-            ) from error
-        raise
+        with room_for(path, "nothing was written"):
+            yield partial / "new"
+            if path.exists():  # moved as a whole, since half a store would look like one
+                path.rename(partial / "old")
+            (partial / "new").rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that a library wrapped into it, is of a full disk."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _alive(pid: int) -> bool:

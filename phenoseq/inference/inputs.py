@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from phenoseq.channels import canonical_channels, match_channels
-from phenoseq.data.crops import CropBatch, iter_crops, outside, resample
+from phenoseq.data.crops import CropBatch, crop_order, iter_crops, outside, resample
 from phenoseq.data.readers import open_source, read_cells
 from phenoseq.data.readers.cells import check_cells
 from phenoseq.data.source import Source
@@ -21,6 +21,7 @@ from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError
 from phenoseq.models.config import ImageConfig
 
+Rows = NDArray[np.int64]
 #: Cells whose pixels tell the intensity scale of images of another pixel type.
 _SCALE_CELLS = 512
 #: Cells read from a store at once.
@@ -34,7 +35,7 @@ class Inputs:
     Attributes
     ----------
     name, identity
-        What they are called, and a digest of them (empty for an array).
+        What they are called, and a digest of them (for an array of up to 512 of its cells).
     obs
         One row a cell, indexed by cell id.
     placed
@@ -46,8 +47,11 @@ class Inputs:
         that of the training images.
     skipped
         Cells that cannot be predicted since they lie outside the image.
-    batches
-        ``batches(batch_size)`` yields crops of ``obs`` at the model's pixel size and crop size.
+    order
+        All rows of ``obs``, in the order in which their crops are best read.
+    crops
+        ``crops(rows, batch_size)`` yields crops of rows in a part of this order, at the model's
+        pixel size and crop size.
     """
 
     name: str
@@ -57,7 +61,8 @@ class Inputs:
     dtype: np.dtype[Any]
     gain: NDArray[np.float32]
     skipped: tuple[str, ...]
-    batches: Callable[[int], Iterator[CropBatch]]
+    order: Rows
+    crops: Callable[[Rows, int], Iterator[CropBatch]]
 
 
 def open_inputs(
@@ -111,11 +116,11 @@ def _from_source(
     gain = np.ones(len(image.channels), dtype=np.float32)
     if source.dtype.name != image.dtype:
         some = replace(source, obs=source.obs.iloc[_some(source.obs.index)])
-        crops = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px)]
-        gain = _gain(_p999(np.concatenate(crops)), placed, image)
+        pixels = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px)]
+        gain = _gain(_p999(np.concatenate(pixels)), placed, image)
 
-    def batches(batch_size: int) -> Iterator[CropBatch]:
-        return iter_crops(source, image.pixel_size, image.crop_px, batch_size=batch_size)
+    def crops(rows: Rows, batch_size: int) -> Iterator[CropBatch]:
+        return iter_crops(source, image.pixel_size, image.crop_px, batch_size=batch_size, rows=rows)
 
     return Inputs(
         source.name,
@@ -125,7 +130,8 @@ def _from_source(
         source.dtype,
         gain,
         skipped,
-        batches,
+        crop_order(source, image.pixel_size, image.crop_px),
+        crops,
     )
 
 
@@ -138,13 +144,15 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
         tops = [manifest.channel_stats[name]["p999"] for name in manifest.channels]
         gain = _gain(np.array(tops), placed, image)
 
-    def batches(batch_size: int) -> Iterator[CropBatch]:
-        for start in range(0, len(rows), _READ):
-            crops = store.take(rows[start : start + _READ])
-            for at in range(0, len(crops), batch_size):
-                some = _fit(crops[at : at + batch_size], side, image.crop_px)
-                place = np.arange(start + at, start + at + len(some))
-                yield CropBatch(place, some, np.zeros(len(some), dtype=bool))
+    def crops(places: Rows, batch_size: int) -> Iterator[CropBatch]:
+        at_once = max(_READ // batch_size, 1) * batch_size
+        for start in range(0, len(places), at_once):
+            some = places[start : start + at_once]
+            read = store.take(rows[some])
+            for at in range(0, len(some), batch_size):
+                fitted = _fit(read[at : at + batch_size], side, image.crop_px)
+                none = np.zeros(len(fitted), dtype=bool)
+                yield CropBatch(some[at : at + batch_size], fitted, none)
 
     return Inputs(
         str(store.path),
@@ -154,7 +162,8 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
         np.dtype(manifest.dtype),
         gain,
         (),
-        batches,
+        np.argsort(rows, kind="stable"),
+        crops,
     )
 
 
@@ -193,13 +202,16 @@ def _from_array(
     if array.dtype.name != image.dtype:
         gain = _gain(_p999(array[_some(obs.index)]), placed, image)
 
-    def batches(batch_size: int) -> Iterator[CropBatch]:
-        for start in range(0, len(array), batch_size):
-            crops = _fit(array[start : start + batch_size], side, image.crop_px)
-            rows = np.arange(start, start + len(crops))
-            yield CropBatch(rows, crops, np.zeros(len(rows), dtype=bool))
+    def crops(rows: Rows, batch_size: int) -> Iterator[CropBatch]:
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            fitted = _fit(array[some], side, image.crop_px)
+            yield CropBatch(some, fitted, np.zeros(len(some), dtype=bool))
 
-    return Inputs(name, "", obs, tuple(placed), array.dtype, gain, (), batches)
+    order = np.arange(len(array))
+    digest = hashlib.sha256(f"{name} {array.dtype} {channels} {pixel_size}".encode())
+    digest.update(np.ascontiguousarray(array[_some(obs.index)]).tobytes())
+    return Inputs(name, digest.hexdigest(), obs, tuple(placed), array.dtype, gain, (), order, crops)
 
 
 def _side(crop_px: int, pixel_size: float, image: ImageConfig, where: str) -> int:

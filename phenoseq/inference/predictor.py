@@ -1,9 +1,11 @@
-"""Predicts the expression of cells: crops in, draws decoded, summarised into one AnnData."""
+"""Predicts the expression of cells: crops in, draws decoded, summarised into one table."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anndata as ad
@@ -11,13 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from phenoseq._version import __version__
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.inputs import Inputs
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
+from phenoseq.inference.table import Field, Job, Rows, Values, predict_table
 from phenoseq.models.counts import nb_quantile, summarise_mixture
 from phenoseq.models.phenoseq import PhenoSeq
 
@@ -26,6 +28,10 @@ SATURATED = 0.01
 #: Cells encoded, and sampled, at once: large enough for the kernels, small enough for the cache.
 BATCH = 128
 QUANTILES = {"q05": 0.05, "q95": 0.95}
+
+
+#: Batches in a block of a file.
+_BLOCK = 16
 
 
 def run(
@@ -40,7 +46,36 @@ def run(
     batch_size: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> ad.AnnData:
-    """Predict all cells of some inputs; see :func:`phenoseq.predict` for what comes out."""
+    """Predict all cells of some inputs in memory; see :func:`phenoseq.predict`."""
+    job = image_job(
+        model,
+        inputs,
+        n_samples=n_samples,
+        steps=steps,
+        seed=seed,
+        device=device,
+        keep_draws=keep_draws,
+        batch_size=batch_size,
+    )
+    return predict_table(job, progress)
+
+
+def image_job(
+    model: PhenoSeq,
+    inputs: Inputs,
+    *,
+    n_samples: int = 16,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    keep_draws: bool = False,
+    batch_size: int = BATCH,
+    name: str = "",
+) -> Job:
+    """Lay out the prediction of all cells of some inputs, to be made in memory or in a file.
+
+    ``name`` is what to call the model in the table; for the rest see :func:`phenoseq.predict`.
+    """
     if n_samples < 1:
         raise DataError(f"n_samples is {n_samples}; draw at least one")
     if not len(inputs.obs):
@@ -48,49 +83,129 @@ def run(
     _tell(model, inputs)
     where = pick_device(device)
     model = model.to(where).eval()
-    result = _Result(model, inputs, n_samples if keep_draws else 1)
+    genes, latent_dim = len(model.config.expression.genes), model.config.expression.latent_dim
     ids = inputs.obs.index.to_numpy(dtype=str)
-    done = 0
-    for batch in inputs.batches(batch_size):
-        with torch.inference_mode():
-            images, present = _place(batch.images, inputs, where)
-            context = model.encode(images, present)
-            names = ids[batch.rows].tolist()
-            noise = cell_normals(seed, names, n_samples, model.config.expression.latent_dim)
-            latent = model.generate(context, torch.from_numpy(noise).to(where), steps=steps)
-            uniforms = cell_uniforms(seed, names, result.n_draws, len(result.genes))
-            result.latent[batch.rows] = _numpy(latent.mean(dim=1))
-            result.ood[batch.rows] = _numpy(model.strangeness(context))
-            result.add_expression(batch.rows, latent, torch.from_numpy(uniforms).to(where))
-        result.cut[batch.rows] = batch.cut
-        result.saturated[batch.rows] = _saturated(batch.images)
-        done += len(batch.rows)
-        if progress is not None:
-            progress(done, len(ids))
+    draws = [f"layers/draw_{k}" for k in range(n_samples)] if keep_draws else []
+
+    def compute(rows: Rows) -> Iterator[tuple[Rows, Values]]:
+        for batch in inputs.crops(rows, batch_size):
+            with torch.inference_mode():
+                images, present = _place(batch.images, inputs, where)
+                context = model.encode(images, present)
+                names = ids[batch.rows].tolist()
+                noise = cell_normals(seed, names, n_samples, latent_dim)
+                latent = model.generate(context, torch.from_numpy(noise).to(where), steps=steps)
+                uniforms = cell_uniforms(seed, names, max(len(draws), 1), genes)
+                values = _expression(model, latent, torch.from_numpy(uniforms).to(where), draws)
+                values["obsm/X_phenoseq"] = _numpy(latent.mean(dim=1))
+                values["obs/ood_score"] = _numpy(model.strangeness(context))
+            values["obs/saturated"] = _saturated(batch.images)
+            values["obs/cut_by_border"] = batch.cut
+            yield batch.rows, values
+
+    record = _record(model, inputs, n_samples, steps, seed) | {"model": name}
+    return Job(
+        fields=(
+            *(Field(f, genes) for f in ("X", "layers/std", *(f"layers/{q}" for q in QUANTILES))),
+            *(Field(f, genes, sparse=True) for f in ("layers/draw", *draws)),
+            Field("obsm/X_phenoseq", latent_dim),
+            Field("obs/ood_score", 0),
+            Field("obs/saturated", 0, "bool"),
+            Field("obs/cut_by_border", 0, "bool"),
+        ),
+        order=inputs.order,
+        block=_BLOCK * batch_size,
+        compute=compute,
+        obs=_obs(inputs.obs, record["missing_channels"]),
+        var=_var(model),
+        uns={"phenoseq": record},
+        plan=record | {"cells": _digest("\n".join(ids)), "weights": _weights(model)},
+    )
+
+
+def _record(
+    model: PhenoSeq, inputs: Inputs, n_samples: int, steps: int | None, seed: int
+) -> dict[str, Any]:
+    """Return how a prediction is made, plain JSON."""
     how = model.config.diffusion
     missing = _missing(model, inputs)
-    return result.anndata(
-        {
-            "phenoseq_version": __version__,
-            "torch_version": str(torch.__version__),
-            "source": inputs.name,
-            "source_identity": inputs.identity,
-            "pairing": model.config.pairing,
-            "seed": seed,
-            "n_samples": n_samples,
-            "sampler": how.sampler,
-            "steps": how.steps if steps is None else steps,
-            "channels": [c for c in model.config.image.channels if c not in missing],
-            "missing_channels": missing,
-            "intensity_gain": [float(g) for g in inputs.gain],
-            "median_library": model.config.expression.median_library,
-            "skipped_cells": list(inputs.skipped),
-        }
+    return {
+        "phenoseq_version": __version__,
+        "torch_version": str(torch.__version__),
+        "source": inputs.name,
+        "source_identity": inputs.identity,
+        "pairing": model.config.pairing,
+        "seed": seed,
+        "n_samples": n_samples,
+        "sampler": how.sampler,
+        "steps": how.steps if steps is None else steps,
+        "channels": [c for c in model.config.image.channels if c not in missing],
+        "missing_channels": missing,
+        "intensity_gain": [float(g) for g in inputs.gain],
+        "median_library": model.config.expression.median_library,
+        "skipped_cells": list(inputs.skipped),
+    }
+
+
+def _expression(
+    model: PhenoSeq, latent: Tensor, uniforms: Tensor, draws: list[str]
+) -> dict[str, NDArray[Any]]:
+    """Decode the latents ``(B, K, D)`` of some cells and summarise them."""
+    space = model.expression
+    median = space.config.median_library
+    rates, library = space.decode(latent)
+    expected = library.mean(dim=1)
+    std, quantiles = summarise_mixture(
+        rates * expected[:, None, None],
+        space.theta,
+        median / expected,
+        tuple(QUANTILES.values()),
     )
+    out = {"X": _numpy(torch.log1p(rates.mean(dim=1) * median)), "layers/std": _numpy(std)}
+    for name, values in zip(QUANTILES, quantiles, strict=True):
+        out[f"layers/{name}"] = _numpy(values)
+    for k, name in enumerate(draws or ["layers/draw"]):
+        mu = rates[:, k : k + 1] * library[:, k : k + 1, None]
+        counts = nb_quantile(uniforms[:, k], mu, space.theta)
+        share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        out[name] = _numpy(torch.log1p(share * median))
+    out["layers/draw"] = out[draws[0] if draws else "layers/draw"]
+    return out
+
+
+def _obs(source: pd.DataFrame, missing: list[str]) -> pd.DataFrame:
+    kept = [c for c in source if c in ("field", "x_centroid", "y_centroid")]
+    obs = source[kept + [c for c in source if str(c).startswith("Metadata_")]].copy()
+    obs["missing_channels"] = ",".join(missing)
+    return obs
+
+
+def _var(model: PhenoSeq) -> pd.DataFrame:
+    config = model.config
+    index = pd.Index(config.expression.genes, name="gene_id")
+    var = pd.DataFrame({"symbol": config.expression.symbols}, index=index)
+    if config.training.reliability:
+        var["reliability"] = np.array(config.training.reliability, dtype=np.float32)
+    return var
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _weights(model: PhenoSeq) -> str:
+    """Return a digest of a model's configuration and weights."""
+    digest = hashlib.sha256(model.config.to_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; ``"auto"`` takes CUDA, then MPS, then the CPU.
+
+    Of several GPUs each process of ``torchrun`` takes its own.
 
     Raises
     ------
@@ -99,7 +214,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+            return torch.device("cuda", own)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -107,73 +223,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"no device {name!r} here ({error}); 'auto' takes the best one") from error
     return device
-
-
-class _Result:
-    """Collects what is predicted, in the order of the source's cells."""
-
-    def __init__(self, model: PhenoSeq, inputs: Inputs, n_draws: int) -> None:
-        self.model, self.inputs, self.n_draws = model, inputs, n_draws
-        self.genes = model.config.expression.genes
-        n, g = len(inputs.obs), len(self.genes)
-        self.mean = np.empty((n, g), dtype=np.float32)
-        self.std = np.empty((n, g), dtype=np.float32)
-        self.quantiles = {name: np.empty((n, g), dtype=np.float32) for name in QUANTILES}
-        self.latent = np.empty((n, model.config.expression.latent_dim), dtype=np.float32)
-        self.ood = np.empty(n, dtype=np.float32)
-        self.cut = np.zeros(n, dtype=bool)
-        self.saturated = np.zeros(n, dtype=bool)
-        self.rows: list[NDArray[np.int64]] = []
-        self.draws: list[list[sparse.csr_matrix]] = [[] for _ in range(n_draws)]
-
-    def add_expression(self, rows: NDArray[np.int64], latent: Tensor, uniforms: Tensor) -> None:
-        """Decode the draws ``(B, K, D)`` of some cells and summarise them."""
-        space = self.model.expression
-        median = space.config.median_library
-        rates, library = space.decode(latent)
-        self.mean[rows] = _numpy(torch.log1p(rates.mean(dim=1) * median))
-        expected = library.mean(dim=1)
-        std, quantiles = summarise_mixture(
-            rates * expected[:, None, None],
-            space.theta,
-            median / expected,
-            tuple(QUANTILES.values()),
-        )
-        self.std[rows] = _numpy(std)
-        for name, values in zip(QUANTILES, quantiles, strict=True):
-            self.quantiles[name][rows] = _numpy(values)
-        self.rows.append(rows)
-        for k in range(self.n_draws):
-            mu = rates[:, k : k + 1] * library[:, k : k + 1, None]
-            counts = nb_quantile(uniforms[:, k], mu, space.theta)
-            share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-            self.draws[k].append(sparse.csr_matrix(_numpy(torch.log1p(share * median))))
-
-    def anndata(self, record: dict[str, Any]) -> ad.AnnData:
-        source = self.inputs.obs
-        kept = [c for c in source if c in ("field", "x_centroid", "y_centroid")]
-        obs = source[kept + [c for c in source if str(c).startswith("Metadata_")]].copy()
-        obs["ood_score"] = self.ood
-        obs["missing_channels"] = ",".join(record["missing_channels"])
-        obs["saturated"] = self.saturated
-        obs["cut_by_border"] = self.cut
-        config = self.model.config
-        var = pd.DataFrame(
-            {"symbol": config.expression.symbols}, index=pd.Index(self.genes, name="gene_id")
-        )
-        if config.training.reliability:
-            var["reliability"] = np.array(config.training.reliability, dtype=np.float32)
-        back = np.argsort(np.concatenate(self.rows))
-        draws = [sparse.vstack(parts, format="csr")[back] for parts in self.draws]
-        layers = {"std": self.std, **self.quantiles, "draw": draws[0]}
-        if len(draws) > 1:
-            layers |= {f"draw_{k}": draw for k, draw in enumerate(draws)}
-        obsm = {"X_phenoseq": self.latent}
-        if {"x_centroid", "y_centroid"} <= set(obs):
-            obsm["spatial"] = obs[["x_centroid", "y_centroid"]].to_numpy(np.float64)
-        return ad.AnnData(
-            self.mean, obs=obs, var=var, layers=layers, obsm=obsm, uns={"phenoseq": record}
-        )
 
 
 def _place(crops: NDArray[Any], inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:

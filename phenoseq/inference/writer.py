@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import anndata as ad
 
+from phenoseq.disk import room_for
 from phenoseq.errors import DataError
 
 
@@ -56,23 +55,17 @@ def write_whole(adata: ad.AnnData, path: Path) -> None:
     DataError
         Where the disk is full; nothing is left behind then.
     """
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.partial-") as some:
-            partial = Path(some) / path.name
-            if path.suffix == ".h5ad":
-                adata.write_h5ad(partial, compression="lzf")
-                os.replace(partial, path)
-                return
-            with ad.settings.override(zarr_write_format=3):
-                adata.write_zarr(partial)
-            if path.exists():  # moved as a whole, since half a table would look like one
-                path.rename(Path(some) / "old")
-            partial.rename(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            free = shutil.disk_usage(path.parent).free
-            raise DataError(
-                f"{path}: the disk is full ({free / 1e9:.1f} GB free); nothing was written. Free "
-                "some space or name another place, and run it again"
-            ) from error
-        raise
+    with (
+        room_for(path, "nothing was written"),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.partial-") as some,
+    ):
+        partial = Path(some) / path.name
+        if path.suffix == ".h5ad":
+            adata.write_h5ad(partial, compression="lzf")
+            os.replace(partial, path)
+            return
+        with ad.settings.override(zarr_write_format=3):
+            adata.write_zarr(partial)
+        if path.exists():  # moved as a whole, since half a table would look like one
+            path.rename(Path(some) / "old")
+        partial.rename(path)

@@ -349,6 +349,7 @@ def failing_after(source, n_batches, error):
 @pytest.fixture
 def small_regions(monkeypatch):
     monkeypatch.setattr(crops_module, "REGION", 100)
+    monkeypatch.setattr(store_module, "CHUNK", 16)
     monkeypatch.setattr(store_module, "SHARD", 64)
 
 
@@ -444,7 +445,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import make_source
 from phenoseq.data import crops, store
-crops.REGION, store.SHARD = 100, 64
+crops.REGION, store.CHUNK, store.SHARD = 100, 16, 64
 
 def wait(done, total):
     if done > 100:
@@ -580,7 +581,7 @@ def test_corrupt_chunk(store):
     damaged = Store(store.path)
     with pytest.raises(DataError, match=r"s\.zarr/crops, cells 0 to \d+: cannot be read"):
         damaged.read(0, len(damaged))
-    with pytest.raises(DataError, match=r"s\.zarr/crops: cells"):
+    with pytest.raises(DataError, match=r"s\.zarr/crops, cells"):
         damaged.take(np.arange(len(damaged)))
 
 

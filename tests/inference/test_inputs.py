@@ -28,7 +28,8 @@ def array(crops):
 
 
 def all_crops(inputs, batch_size=7):
-    batches = list(inputs.batches(batch_size))
+    batches = list(inputs.crops(inputs.order, batch_size))
+    assert [row for b in batches for row in b.rows] == inputs.order.tolist()
     assert all(len(b.rows) <= batch_size for b in batches)
     rows = np.concatenate([b.rows for b in batches])
     assert sorted(rows) == list(range(len(inputs.obs)))

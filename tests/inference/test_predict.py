@@ -156,7 +156,8 @@ def test_interval_and_spread_are_those_of_many_draws(model, plate):
     few = replace(plate.source, obs=plate.source.obs.iloc[:6])
     got = go(model, few, n_samples=16, seed=5)
     names, median = list(few.obs.index), model.config.expression.median_library
-    batch = next(open_inputs(few, model.config.image).batches(64))
+    inputs = open_inputs(few, model.config.image)
+    batch = next(inputs.crops(inputs.order, 64))
     noise = torch.from_numpy(cell_normals(5, names, 16, 7))[batch.rows]
     with torch.inference_mode():
         latent = model.generate(model.encode(torch.from_numpy(batch.images.astype("f4"))), noise)

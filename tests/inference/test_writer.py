@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import anndata as ad
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from phenoseq.errors import DataError
-from phenoseq.inference import writer
 from phenoseq.inference.writer import check_out, write_whole
 
 both = pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
@@ -157,9 +157,9 @@ def test_a_zarr_folder_is_moved_aside_whole(tmp_path, monkeypatch):
     """Half removed, it would look like a table."""
     path = tmp_path / "out.zarr"
     write_whole(table(1.0), path)
-    removed, rmtree = [], writer.shutil.rmtree
+    removed, rmtree = [], shutil.rmtree
     monkeypatch.setattr(
-        writer.shutil, "rmtree", lambda p, *a, **k: removed.append(Path(p)) or rmtree(p, *a, **k)
+        shutil, "rmtree", lambda p, *a, **k: removed.append(Path(p)) or rmtree(p, *a, **k)
     )
     write_whole(table(2.0), path)
     assert (read(path).X == 2).all()
