@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from phenoseq.errors import ModelError
-from phenoseq.models.phenoseq import WEIGHTS, PhenoSeq
+from phenoseq.models.files import WEIGHTS
+from phenoseq.models.phenoseq import PhenoSeq
 
 
 @dataclass(frozen=True)
