@@ -249,9 +249,10 @@ class PublishedPhenoSeq(nn.Module):
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
         config = PublishedConfig.from_json(*read_config(folder))
-        with torch.device("meta"):  # whose weights take neither memory nor time
-            model = cls(config)
-        load_weights(model, folder, adopt=True)
+        with torch.inference_mode(False):  # in which changes of weights would not be counted
+            with torch.device("meta"):  # whose weights take neither memory nor time
+                model = cls(config)
+            load_weights(model, folder, adopt=True)
         return model.eval()
 
 

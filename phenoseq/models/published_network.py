@@ -82,7 +82,7 @@ class PublishedNetwork(nn.Module):
     def forward(self, x: Tensor, schedule: Schedule, memory: Memory) -> Tensor:
         """Predict the noise in ``x``, ``(B, K, D)``, at the times of the schedule."""
         h = self.rna_proj(x)
-        offsets = memory.offsets or [None] * len(self.layers)
+        offsets: list[Tensor] | list[None] = memory.offsets or [None] * len(self.layers)
         bags = zip(memory.keys, memory.values, offsets, strict=True)
         for block, parts, bag in zip(self.layers, schedule.parts, bags, strict=True):
             h = block(h, parts, bag, memory.mask)
@@ -234,28 +234,32 @@ class _OneTokenAttention(_Attention):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self._merged: tuple[object, Tensor, Tensor] | None = None
+        self._merged: tuple[list[Tensor], list[int], Tensor, Tensor] | None = None
 
     def forward(self, h: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and not self.training:
+            return F.linear(h, *self.merged())
         dim = h.shape[-1]
-        weight, bias = self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :]
-        if torch.is_grad_enabled() or self.training:
-            return self.out_proj(F.linear(h, weight, bias))  # type: ignore[no-any-return]
-        return F.linear(h, *self.merged())
+        value = F.linear(h, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
+        return self.out_proj(value)  # type: ignore[no-any-return]
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias of output times value."""
         parts = (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
-        state = None
-        if not any(p.is_inference() for p in parts):  # whose changes are not counted
-            state = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parts)
-        if state is None or self._merged is None or self._merged[0] != state:
-            dim = self.out_proj.out_features
-            maps, starts, out, last = (p.detach().cpu().double() for p in parts)
-            weight = (out @ maps[2 * dim :]).to(self.in_proj_weight)
-            bias = (out @ starts[2 * dim :] + last).to(self.in_proj_weight)
-            self._merged = (state, weight, bias)
-        return self._merged[1], self._merged[2]
+        counted = not any(p.is_inference() for p in parts)  # whose changes are not counted
+        versions = [p._version for p in parts] if counted else []
+        if self._merged is not None and counted and self._merged[1] == versions:
+            same = (
+                p.data_ptr() == q.data_ptr() for p, q in zip(parts, self._merged[0], strict=True)
+            )
+            if all(same):  # the old ones are held, so that no others can be in their place
+                return self._merged[2:]
+        dim = self.out_proj.out_features
+        maps, starts, out, last = (p.detach().cpu().double() for p in parts)
+        weight = (out @ maps[2 * dim :]).to(self.in_proj_weight)
+        bias = (out @ starts[2 * dim :] + last).to(self.in_proj_weight)
+        self._merged = ([p.detach() for p in parts], versions, weight, bias)
+        return weight, bias
 
 
 class _GatedFeedForward(nn.Module):
