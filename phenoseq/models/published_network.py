@@ -160,6 +160,16 @@ class _Block(nn.Module):
         return h + self.ff(_norm(h, parts[4], parts[5]))  # type: ignore[no-any-return]
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a linear map to ``(..., in)``.
+
+    Written as weight times columns, which for the few rows of a batch of single tokens takes CPUs
+    about three quarters of the time of rows times weight.
+    """
+    rows = x.flatten(0, -2)
+    return torch.addmm(bias[:, None], weight, rows.T).T.view(*x.shape[:-1], len(weight))
+
+
 def _norm(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if scale.ndim == 1:  # one time for all: in one kernel
         return F.layer_norm(h, h.shape[-1:], 1 + scale, shift)
@@ -219,10 +229,11 @@ class _CrossAttention(_Attention):
             score = rearrange(torch.baddbmm(offsets, h, k), "b k (e n) -> b k e n", e=self.heads)
             weight = (score if mask is None else score + mask).softmax(-1)
             return torch.baddbmm(self.out_proj.bias, weight.flatten(-2), v)
-        q = F.linear(h, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        q = _linear(h, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
         q = rearrange(q, "b k (e d) -> b e k d", e=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(rearrange(mixed, "b e k d -> b k (e d)"))  # type: ignore[no-any-return]
+        mixed = rearrange(mixed, "b e k d -> b k (e d)")
+        return _linear(mixed, self.out_proj.weight, self.out_proj.bias)
 
 
 class _OneTokenAttention(_Attention):
@@ -238,7 +249,7 @@ class _OneTokenAttention(_Attention):
 
     def forward(self, h: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and not self.training:
-            return F.linear(h, *self.merged())
+            return _linear(h, *self.merged())
         dim = h.shape[-1]
         value = F.linear(h, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
         return self.out_proj(value)  # type: ignore[no-any-return]
@@ -277,10 +288,18 @@ class _GatedFeedForward(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.net(h)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() or self.training:
+            return self.net(h)  # type: ignore[no-any-return]
+        norm, gate = self.net[0], self.net[2]
+        wide: nn.Linear = self.net[1]  # type: ignore[assignment]
+        back: nn.Linear = self.net[4]  # type: ignore[assignment]
+        columns = norm(h).flatten(0, -2).T  # as in _linear, but gated before they are turned
+        columns = torch.addmm(wide.bias[:, None], wide.weight, columns)
+        columns = torch.addmm(back.bias[:, None], back.weight, gate(columns, 0))
+        return columns.T.view(h.shape)
 
 
 class _Gate(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        value, gate = h.chunk(2, dim=-1)
+    def forward(self, h: Tensor, dim: int = -1) -> Tensor:
+        value, gate = h.chunk(2, dim=dim)
         return value * F.gelu(gate)

@@ -177,7 +177,7 @@ def read_statistics(path: Path, size: int) -> tuple[NDArray[np.float32], NDArray
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a readable .npz file ({error})") from error
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(arrays) != 2 or any(array.size != size for array in arrays.values()):
