@@ -27,8 +27,9 @@ class Memory:
     Attributes
     ----------
     keys, values
-        One of each a block. Plain: ``(B, heads, N, dim / heads)``. Folded: keys, whose scores are
-        taken with the token itself, ``(B, dim, heads * N)``, and values, which are added to it,
+        One of each a block. Plain: ``(B, heads, dim / heads, N)``, keys divided by the square root
+        of dim / heads, and ``(B, heads, N, dim / heads)``. Folded: keys, whose scores are taken
+        with the token itself, ``(B, dim, heads * N)``, and values, which are added to it,
         ``(B, heads * N, dim)``.
     offsets
         Folded: what the bias of the query adds to the scores, ``(B, 1, heads * N)``.
@@ -205,18 +206,19 @@ class _CrossAttention(_Attention):
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         dim = context.shape[-1]
         kv = F.linear(context, self.in_proj_weight[dim:], self.in_proj_bias[dim:])
-        k, v = rearrange(kv, "b n (two e d) -> two b e n d", two=2, e=self.heads)
-        return k, v
+        k, v = kv.chunk(2, dim=-1)
+        keys = rearrange(k, "b n (e d) -> b e d n", e=self.heads).contiguous()
+        values = rearrange(v, "b n (e d) -> b e n d", e=self.heads).contiguous()
+        return keys * (dim // self.heads) ** -0.5, values
 
     def fold(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fold the query map into the keys and the output map into the values; see `Memory`."""
         dim = self.out_proj.out_features
-        scale = (dim // self.heads) ** -0.5
         query = rearrange(self.in_proj_weight[:dim], "(e d) i -> e d i", e=self.heads)
         bias = rearrange(self.in_proj_bias[:dim], "(e d) -> e d", e=self.heads)
         out = rearrange(self.out_proj.weight, "o (e d) -> o e d", e=self.heads)
-        keys = torch.einsum("bend,edi->bien", k, query * scale).flatten(2)
-        offsets = torch.einsum("bend,ed->ben", k, bias * scale).flatten(1)[:, None]
+        keys = torch.einsum("bedn,edi->bien", k, query).flatten(2)
+        offsets = torch.einsum("bedn,ed->ben", k, bias).flatten(1)[:, None]
         values = torch.einsum("bend,oed->beno", v, out).flatten(1, 2)
         return keys, values, offsets
 
@@ -231,8 +233,9 @@ class _CrossAttention(_Attention):
             return torch.baddbmm(self.out_proj.bias, weight.flatten(-2), v)
         q = _linear(h, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
         q = rearrange(q, "b k (e d) -> b e k d", e=self.heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        mixed = rearrange(mixed, "b e k d -> b k (e d)")
+        score = q @ k
+        weight = (score if mask is None else score + mask).softmax(-1)
+        mixed = rearrange(weight @ v, "b e k d -> b k (e d)")
         return _linear(mixed, self.out_proj.weight, self.out_proj.bias)
 
 

@@ -93,9 +93,9 @@ def obtain(name: str, files: HubFiles, *, download: bool) -> Path:
             f"that with phenoseq.load_model({name!r}, download=True), or on the command line with "
             "--yes"
         )
-    statistics = _fetch(files.repo, files.statistics, record.get("commit"))
+    statistics = _fetch(files.repo, files.statistics, record.get("commit"), download)
     commit = statistics.parent.name  # the cache has a folder for each commit
-    checkpoint = _fetch(files.repo, files.checkpoint, commit)
+    checkpoint = _fetch(files.repo, files.checkpoint, commit, download)
     found = {path.name: sha256_of(path) for path in (statistics, checkpoint)}
     if record and record["files"] != found:
         changed = [file for file in found if record["files"].get(file) != found[file]]
@@ -141,12 +141,13 @@ def _write(home: Path, record: dict[str, Any]) -> None:
     os.replace(partial, home / "record.json")
 
 
-def _fetch(repo: str, file: str, revision: str | None) -> Path:
+def _fetch(repo: str, file: str, revision: str | None, download: bool) -> Path:
     try:
         path = huggingface_hub.hf_hub_download(
             repo,
             file,
             revision=revision,
+            local_files_only=not download,
             library_name="phenoseq",
             library_version=__version__,
         )
