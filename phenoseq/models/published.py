@@ -88,18 +88,20 @@ class PublishedPhenoSeq(nn.Module):
         context
             From :meth:`encode`.
         draws
-            How many embeddings of each bag are going to be denoised, times how often; where they
-            are many, the maps of query and output are folded in.
+            Embeddings of each bag that are going to be denoised at once; where they are many, and
+            the cells few, the maps of query and output are folded into keys and values.
         """
         tokens, keep = context
         mask = None
         if not bool(keep.all()):
             mask = torch.zeros(keep.shape, dtype=tokens.dtype, device=tokens.device)
             mask = mask.masked_fill(~keep, -math.inf)[:, None, None]
+        sizes = self.config.sizes
+        fold = draws >= FOLD_DRAWS and sizes.heads * tokens.shape[1] <= sizes.dim
         keys, values, offsets = [], [], []
         for block in self.denoiser.layers:
             k, v = block.cross_attn.keys_values(block.norm_ctx(tokens))  # type: ignore[union-attr,operator]
-            if draws >= FOLD_DRAWS:
+            if fold:
                 k, v, offset = block.cross_attn.fold(k, v)  # type: ignore[union-attr,operator]
                 offsets.append(offset)
             keys.append(k)
