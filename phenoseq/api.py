@@ -17,7 +17,7 @@ from phenoseq.data.datamodule import split_of
 from phenoseq.data.source import Source
 from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, ModelError
 from phenoseq.evaluation.report import (
     MIN_COUNTS,
     Scores,
@@ -27,20 +27,24 @@ from phenoseq.evaluation.report import (
     score_all,
     scored_genes,
 )
+from phenoseq.inference.bagged import bag_job, describe_features
+from phenoseq.inference.features import open_features
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import image_job, run
-from phenoseq.inference.table import predict_file, predict_table
+from phenoseq.inference.table import Job, predict_file, predict_table
 from phenoseq.inference.writer import check_out
+from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.published import PublishedPhenoSeq
 from phenoseq.progress import bar
 from phenoseq.training.baselines import fit_baselines
 from phenoseq.zoo.registry import load_model
 
 
 def predict(
-    source: str | Path | Source | Store | NDArray[Any],
+    source: str | Path | Source | Store | NDArray[Any] | ad.AnnData,
     *,
-    model: str | Path | PhenoSeq,
+    model: str | Path | Model,
     n_samples: int = 16,
     steps: int | None = None,
     seed: int = 0,
@@ -50,8 +54,13 @@ def predict(
     pixel_size: float | None = None,
     cells: str | Path | pd.DataFrame | None = None,
     keep_draws: bool = False,
+    sample: str | None = None,
+    published_steps: bool = False,
 ) -> ad.AnnData:
-    """Predict the gene expression of every cell of some images.
+    """Predict the gene expression of every cell of some images, or embeddings of samples.
+
+    A model of images predicts the genes of each cell. A model of imaging features (its ``pairing``
+    is ``"sample"``) predicts RNA embeddings of each sample, from bags of its cells.
 
     Parameters
     ----------
@@ -59,15 +68,17 @@ def predict(
         A Xenium output folder (with or without its count matrix), a store made by
         ``phenoseq prepare``, an array of crops ``(n, C, H, W)`` with one cell in the middle of
         each, or an opened source or store. Where the pixel type is not that of the training
-        images, each stain is scaled by percentiles of the whole source.
+        images, each stain is scaled by percentiles of the whole source. For a model of features an
+        AnnData of them, one row a cell, or its ``.h5ad`` file, which is never read whole.
     model
         A name of the zoo, a folder, or a loaded model.
     n_samples
-        Draws a cell.
+        Draws a cell, or a bag.
     steps
         Evaluations of the denoiser a draw; by default the model's own number.
     seed
-        Of the draws. They depend on (seed, cell id) alone, and not on batches or order.
+        Of the draws. They depend on (seed, cell id) alone, and not on batches or order. Which cells
+        share a bag depends on (seed, sample, cell ids).
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
     out
@@ -80,12 +91,17 @@ def predict(
         For a folder: CSV (or table indexed by ``cell_id``) of ``cell_id``, ``x_centroid``,
         ``y_centroid`` in micrometres, the positions to predict at in place of the folder's own.
     keep_draws
-        Keep every draw, as ``layers["draw_0"]`` and so on.
+        Keep every draw, as ``layers["draw_0"]`` and so on; those of samples are always kept.
+    sample
+        For features: the column of ``obs`` that says which sample a cell is of.
+    published_steps
+        For features: sample as the published project does, to reproduce its numbers; see
+        :meth:`phenoseq.models.published.PublishedPhenoSeq.generate`.
 
     Returns
     -------
-    AnnData ``(n_obs, n_vars)``, every value on the scale of log1p of counts at the median library
-    size of the training cells:
+    From images AnnData ``(n_obs, n_vars)``, every value on the scale of log1p of counts at the
+    median library size of the training cells:
 
     - ``X`` expected expression, without counting noise, float32;
     - ``layers["std"]``, ``["q05"]``, ``["q95"]`` of the predictive distribution of a measured
@@ -97,6 +113,15 @@ def predict(
     - ``var`` indexed by Ensembl id, with ``symbol`` and ``reliability`` (held-out correlation);
     - ``uns["phenoseq"]`` how it was made.
 
+    From features AnnData ``(n_bags, D)`` of embeddings in their own scale, each as of a cell of the
+    sample, and not of any one imaged cell:
+
+    - ``layers["draw_0"]`` and so on the draws, float32; ``X`` is the first, nothing is averaged;
+    - ``obs`` the sample, its ``Metadata_*`` that are the same for all its cells, ``n_cells`` and
+      ``cells`` (JSON lists of ids) of the bag's own, ``filled`` and ``filled_with`` for a bag that
+      was short, ``ood_score`` (1 for features that spread like the training ones);
+    - ``uns["phenoseq"]`` how it was made, and where the weights came from.
+
     Raises
     ------
     DataError
@@ -105,8 +130,20 @@ def predict(
         Where there is no such model, or it does not fit.
     """
     path = check_out(out) if out is not None else None
-    name = "" if isinstance(model, PhenoSeq) else str(model)
-    loaded = model if isinstance(model, PhenoSeq) else load_model(model)
+    name = str(model) if isinstance(model, str | Path) else ""
+    loaded = load_model(model) if isinstance(model, str | Path) else model
+    if isinstance(loaded, PublishedPhenoSeq):
+        given = {"channels": channels, "pixel_size": pixel_size, "cells": cells}
+        _refuse(given, "a model of imaging features")
+        how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
+        return _predict_bags(source, loaded, sample, path, published_steps=published_steps, **how)
+    _refuse({"sample": sample, "published_steps": published_steps or None}, "a model of images")
+    if isinstance(source, ad.AnnData) or _is_h5ad(source):
+        raise DataError(
+            f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
+            "give their folder, store or crops, or choose a model of imaging features "
+            "('phenoseq models' lists them)"
+        )
     inputs = open_inputs(
         source, loaded.config.image, channels=channels, pixel_size=pixel_size, cells=cells
     )
@@ -120,6 +157,10 @@ def predict(
         keep_draws=keep_draws,
         name=name,
     )
+    return _do(job, path)
+
+
+def _do(job: Job, path: Path | None) -> ad.AnnData:
     with bar("predicting") as progress:
         if path is None:
             return predict_table(job, progress)
@@ -127,8 +168,41 @@ def predict(
     return ad.read_h5ad(path) if path.suffix == ".h5ad" else ad.read_zarr(path)
 
 
+def _predict_bags(
+    source: Any, model: PublishedPhenoSeq, sample: str | None, path: Path | None, **how: Any
+) -> ad.AnnData:
+    if not isinstance(source, ad.AnnData) and not _is_h5ad(source):
+        raise DataError(
+            f"{_called(source)}: this model reads no images, but imaging features of cells: give "
+            f"an AnnData, or a .h5ad file, of {model.config.sizes.features} features a cell: "
+            f"{describe_features(model)}"
+        )
+    with open_features(source) as (features, where):
+        if sample is None:
+            raise DataError(
+                f"{where}: say which sample each cell is of: sample= (--sample) names a column of "
+                f"obs, one of {[str(column) for column in features.obs.columns][:20]}"
+            )
+        return _do(bag_job(model, features, sample, where=where, **how), path)
+
+
+def _refuse(given: dict[str, Any], kind: str) -> None:
+    """Refuse options that have no meaning for a kind of model."""
+    for option, value in given.items():
+        if value is not None:
+            raise DataError(f"{option!r} has no meaning for {kind}; leave it out")
+
+
+def _is_h5ad(source: Any) -> bool:
+    return isinstance(source, str | Path) and Path(source).suffix == ".h5ad"
+
+
+def _called(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
+
+
 def evaluate(
-    model: str | Path | PhenoSeq,
+    model: str | Path | Model,
     store: str | Path,
     *,
     part: str = "test",
@@ -162,8 +236,13 @@ def evaluate(
     DataError, ModelError
         Where the store has other genes, or its split differs from the one trained with.
     """
-    name = "this model" if isinstance(model, PhenoSeq) else Path(model).name
-    loaded = model if isinstance(model, PhenoSeq) else load_model(model)
+    name = Path(model).name if isinstance(model, str | Path) else "this model"
+    loaded = load_model(model) if isinstance(model, str | Path) else model
+    if not isinstance(loaded, PhenoSeq):
+        raise ModelError(
+            f"{name}: predicts embeddings of samples, and a store has genes of cells; only models "
+            "of genes can be scored on one"
+        )
     opened = Store(store)
     table = opened.table()
     config = loaded.config

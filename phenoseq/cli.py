@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="predict the expression of every cell")
     predict.add_argument(
-        "source", help="Xenium output folder, store, or crops (n, C, H, W) as .npy"
+        "source",
+        help="Xenium output folder, store, crops (n, C, H, W) as .npy, or features as .h5ad",
     )
     predict.add_argument("--model", required=True, help="name in the zoo, or folder")
     predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
@@ -61,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--channels", help="stains of an array, in order, comma-separated")
     predict.add_argument("--pixel-size", type=float, help="um a pixel, of an array or a folder")
     predict.add_argument("--keep-draws", action="store_true", help="keep every draw, as a layer")
+    predict.add_argument("--sample", help="column of obs that tells the samples of features apart")
+    predict.add_argument(
+        "--published-steps",
+        action="store_true",
+        help="sample features' embeddings as the published project does (50 DDIM steps)",
+    )
+    predict.add_argument(
+        "--yes", action="store_true", help="download the model without asking, where needed"
+    )
     _add_sampling(predict)
     predict.set_defaults(run=_predict)
 
@@ -74,6 +84,25 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="list the models that can be loaded by name")
     models.set_defaults(run=_models)
+    actions = models.add_subparsers(metavar="ACTION")
+    convert = actions.add_parser(
+        "import", help="convert a checkpoint of the published PhenoSeq project, safely"
+    )
+    convert.add_argument("checkpoint", help="CHECKPOINT.pt; nothing in it is run")
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument(
+        "--features-mean-std",
+        required=True,
+        metavar="FILE.npz",
+        help="mean and std of the image features, which the checkpoint lacks",
+    )
+    convert.add_argument(
+        "--weights",
+        default="ema",
+        choices=["ema", "raw"],
+        help="their average over training, or the last ones (%(default)s)",
+    )
+    convert.set_defaults(run=_import)
     return parser
 
 
@@ -128,6 +157,7 @@ def _predict(options: argparse.Namespace) -> int:
     if Path(source).suffix == ".npy":
         source = _load_array(Path(source))
         channels = options.channels.split(",") if options.channels else None
+    _fetch(options.model, yes=options.yes)
     result = predict(
         source,
         model=options.model,
@@ -140,9 +170,34 @@ def _predict(options: argparse.Namespace) -> int:
         pixel_size=options.pixel_size,
         cells=options.cells,
         keep_draws=options.keep_draws,
+        sample=options.sample,
+        published_steps=options.published_steps,
     )
-    print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
+    if result.uns["phenoseq"]["pairing"] == "sample":
+        kind = result.uns["phenoseq"]["embedding"]
+        print(f"{options.out}: {result.n_obs:,} bags, {kind} embeddings of {result.n_vars} numbers")
+    else:
+        print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
     return 0
+
+
+def _fetch(model: str, *, yes: bool) -> None:
+    """Download a model that has to be, after asking."""
+    from phenoseq.errors import ModelError
+    from phenoseq.zoo.registry import load_model, to_download
+
+    entry = to_download(model)
+    if entry is None:
+        return
+    files = entry.files
+    print(f"{entry.name}: {files.download} from {files.repo} on the Hugging Face hub", end=", ")
+    print(f"converted to {files.kept} and kept for later")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ModelError(f"{entry.name}: say --yes to download {files.download}")
+        if input("download? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ModelError(f"{entry.name}: not downloaded")
+    load_model(entry.name, download=True)
 
 
 def _load_array(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 - numpy is not imported yet
@@ -179,6 +234,21 @@ def _models(options: argparse.Namespace) -> int:
 
     for entry in list_models():
         print(f"{entry.name:20} {entry.summary}\n{'':20} {entry.data}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from phenoseq.zoo.convert import convert_checkpoint
+
+    folder = convert_checkpoint(
+        options.checkpoint,
+        options.out,
+        features=options.features_mean_std,
+        weights=options.weights,
+    )
+    print(
+        f"model in {folder}; try: phenoseq predict FEATURES.h5ad --model {folder} --sample COLUMN"
+    )
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from phenoseq.inference.inputs import Inputs
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
 from phenoseq.inference.table import Field, Job, Rows, Values, predict_table
 from phenoseq.models.counts import nb_quantile, summarise_mixture
+from phenoseq.models.files import digest_of_model
 from phenoseq.models.phenoseq import PhenoSeq
 
 #: A cell is flagged as saturated where more than this share of a stain's pixels is at the top.
@@ -119,7 +119,7 @@ def image_job(
         obs=_obs(inputs.obs, record["missing_channels"]),
         var=_var(model),
         uns={"phenoseq": record},
-        plan=record | {"cells": _digest("\n".join(ids)), "weights": _weights(model)},
+        plan=record | {"cells": ids.tolist(), "weights": digest_of_model(model)},
     )
 
 
@@ -187,19 +187,6 @@ def _var(model: PhenoSeq) -> pd.DataFrame:
     if config.training.reliability:
         var["reliability"] = np.array(config.training.reliability, dtype=np.float32)
     return var
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _weights(model: PhenoSeq) -> str:
-    """Return a digest of a model's configuration and weights."""
-    digest = hashlib.sha256(model.config.to_json().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pick_device(name: str) -> torch.device:

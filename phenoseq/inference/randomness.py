@@ -33,6 +33,19 @@ def cell_uniforms(seed: int, cells: Sequence[str], n_samples: int, dim: int) -> 
     return out
 
 
+def bag_normals(seed: int, bags: Sequence[str], n_samples: int, dim: int) -> NDArray[np.float32]:
+    """Return standard normal noise ``(n_bags, n_samples, dim)``, every draw with its own stream.
+
+    Draws of a bag stand for cells of its sample, so they are not antithetic.
+    """
+    out = np.empty((len(bags), n_samples, dim), dtype=np.float32)
+    for place, bag in zip(out, bags, strict=True):
+        for k in range(n_samples):
+            stream = _stream(seed, f"{bag}\0{k}", "bag")
+            place[k] = stream.standard_normal(dim, dtype=np.float32)
+    return out
+
+
 def _stream(seed: int, cell: str, purpose: str) -> np.random.Generator:
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{cell}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

@@ -6,6 +6,7 @@ there; when all are, they are put together in the order of the rows, with few ro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ Progress = Callable[[int, int], None]
 _AT_ONCE = 2048
 #: Numbers of a sparse array in a chunk.
 _CHUNK = (1 << 16,)
-_PLAN, _POLL = "plan.json", 0.2
+_PLAN, _POLL = "plan.sha256", 0.2
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class _InBlocks:
         self.folder = out.with_name(f".{out.name}.blocks")
         fields = [(f.name, f.width, f.dtype) for f in job.fields]
         layout = {"rows": len(job.order), "block": job.block, "fields": fields}
-        text = json.dumps({"plan": job.plan, "layout": layout}, sort_keys=True)
+        whole = json.dumps({"plan": job.plan, "layout": layout}, sort_keys=True)
+        text = hashlib.sha256(whole.encode()).hexdigest()
         file = self.folder / _PLAN
         while not (file.exists() and file.read_text() == text):
             if not first:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import types
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Self
 
 from phenoseq.errors import ModelError
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.diffusion import Output, Sampler
 from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.expression import ExpressionConfig
-
-SCHEMA_VERSION = 1
+from phenoseq.models.strict import (
+    NETWORK,
+    SCHEMA_VERSION,
+    build,
+    check_between,
+    check_divides,
+    parse,
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class PhenoSeqConfig:
     ----------
     pairing
         ``"cell"``: trained on image and counts of the same cell.
+    network
+        Tells the configurations of different networks apart.
     """
 
     image: ImageConfig
@@ -100,6 +106,7 @@ class PhenoSeqConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     pairing: Literal["cell"] = "cell"
+    network: Literal["phenoseq"] = "phenoseq"
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -113,20 +120,15 @@ class PhenoSeqConfig:
         Raises
         ------
         ModelError
-            Where the text is not JSON, of another schema version, has a field that is unknown,
-            missing or of the wrong type, or lists that do not go together.
+            Where the text is not JSON, of another schema version or network, has a field that is
+            unknown, missing, of the wrong type or out of range, or lists that do not go together.
         """
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise ModelError(f"{where}: not JSON ({error}); download or save it again") from error
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
+        raw = parse(text, where)
+        if raw[NETWORK] != "phenoseq":
             raise ModelError(
-                f"{where}: schema version {version}, this phenoseq reads {SCHEMA_VERSION}; "
-                "install the phenoseq that wrote it, or a newer one"
+                f"{where}: is of the network {raw[NETWORK]!r}; load it with phenoseq.load_model"
             )
-        built: Self = _build(cls, raw, where)
+        built: Self = build(cls, raw, where)
         image, genes = built.image, built.expression.genes
         for name, values, of in (
             ("image: mean", image.mean, image.channels),
@@ -137,42 +139,20 @@ class PhenoSeqConfig:
         ):
             if len(values) != len(of):
                 raise ModelError(f"{where}: {name} has {len(values)} entries, not {len(of)}")
+        sizes = built.denoiser
+        check_between(
+            where,
+            {
+                "image: pixel_size": (image.pixel_size, 1e-6, 1e3),
+                "image: crop_px": (image.crop_px, 1, 1 << 14),
+                "expression: components": (built.expression.components, 1, 1 << 16),
+                "expression: hidden": (built.expression.hidden, 1, 1 << 16),
+                "denoiser: dim": (sizes.dim, 2, 1 << 16),
+                "denoiser: depth": (sizes.depth, 1, 1 << 10),
+                "denoiser: heads": (sizes.heads, 1, sizes.dim),
+                "denoiser: tokens": (sizes.tokens, 1, 1 << 12),
+                "diffusion: steps": (built.diffusion.steps, 1, 1 << 16),
+            },
+        )
+        check_divides(where, "heads", sizes.heads, "dim", sizes.dim)
         return built
-
-
-def _build(kind: Any, raw: Any, where: str) -> Any:
-    """Build a value of the annotated type from plain JSON, strictly."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(raw, dict):
-            raise ModelError(f"{where}: should be an object, is {raw!r}")
-        hints = typing.get_type_hints(kind)
-        names = {f.name for f in fields(kind)}
-        if set(raw) != names:
-            raise ModelError(
-                f"{where}: missing {sorted(names - set(raw))}, unknown {sorted(set(raw) - names)}"
-            )
-        return kind(**{n: _build(hints[n], raw[n], f"{where}: {n}") for n in sorted(names)})
-    if origin is tuple and isinstance(raw, list):
-        return tuple(_build(args[0], item, where) for item in raw)
-    if origin is dict and isinstance(raw, dict):
-        return {str(k): _build(args[1], v, f"{where}: {k}") for k, v in raw.items()}
-    if origin is Literal and raw in args:
-        return raw
-    if origin is types.UnionType:
-        for option in args:
-            if option is type(None) and raw is None:
-                return None
-            if option is not type(None) and _is(raw, option):
-                return raw
-    if kind is float and _is(raw, float):
-        return float(raw)
-    if isinstance(kind, type) and origin is None and _is(raw, kind):
-        return raw
-    raise ModelError(f"{where}: {raw!r} is not {kind}")
-
-
-def _is(raw: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(raw, int | float) and not isinstance(raw, bool)
-    return isinstance(raw, kind) and (kind is bool or not isinstance(raw, bool))

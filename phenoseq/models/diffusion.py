@@ -172,11 +172,12 @@ class DiscretePath(Path):
         return distinct.double() / len(self.betas)
 
 
-def make_path(name: str, timesteps: int = 1000) -> Path:
+def make_path(name: str, timesteps: int = 1000, betas: tuple[float, float] = (1e-4, 0.02)) -> Path:
     """Build the path called "straight", "cosine" or "linear".
 
     Cosine (Nichol and Dhariwal, 2021): s = 0.008, betas held within [1e-5, 0.999]. Linear (Ho et
-    al., 2020): betas from 1e-4 to 0.02. ``timesteps`` is their T; the straight path has none.
+    al., 2020): ``betas`` are its first and last, the others even in between. ``timesteps`` is the T
+    of both; the straight path has none.
 
     Raises
     ------
@@ -192,7 +193,7 @@ def make_path(name: str, timesteps: int = 1000) -> Path:
         square = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return DiscretePath(name, (1 - square[1:] / square[:-1]).clamp(1e-5, 0.999))
     if name == "linear":
-        return DiscretePath(name, torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64))
+        return DiscretePath(name, torch.linspace(*betas, timesteps, dtype=torch.float64))
     raise ModelError(f"unknown path {name!r}; choose from 'straight', 'cosine', 'linear'")
 
 
@@ -298,13 +299,9 @@ def sample(
     _check_choice("sampler", sampler, Sampler)
     if eta and (not 0 < eta <= 1 or sampler != "ddim" or noise_fn is None):
         raise ModelError(f"eta = {eta}: it goes from 0 to 1, with sampler 'ddim' and a noise_fn")
-    default = path.times(steps)  # also refuses impossible steps
-    intervals = steps // 2 + 1 if sampler == "heun" else steps
-    if times is None:
-        times = default if intervals == steps else path.times(intervals)
-        if output == "eps":  # start where it tells x0, or if steps are finer, half a step late
-            bound = path.time_at(torch.tensor(EPS_MIN_LOG_SNR, dtype=torch.float64))
-            times[0] = bound if bound > times[1] else (times[0] + times[1]) / 2
+    intervals = _intervals(sampler, steps)
+    default = sampler_times(path, output, sampler, steps)  # also refuses impossible steps
+    times = default if times is None else times
     if len(times) != intervals + 1 or times[-1] != 0 or not bool((times.diff() < 0).all()):
         raise ModelError(f"times for {steps} steps must be {intervals + 1} numbers falling to 0")
     times = times.double().cpu()
@@ -354,6 +351,37 @@ def sample(
             x = scale_next * (x / scale + (tau_next - tau) * (velocity + velocity_next) / 2)
     _check_finite(x, f"the sample after {steps} steps")
     return x
+
+
+def sampler_times(path: Path, output: Output, sampler: Sampler, steps: int) -> Tensor:
+    """Return the times at which `sample` stands by default, falling to 0.
+
+    Those of `Path.times`, of which Heun needs about half; but an eps output tells nothing of x0 at
+    log(alpha / sigma) below `EPS_MIN_LOG_SNR`, so that the first time is held there.
+
+    Returns
+    -------
+    Tensor
+        One more than the intervals, float64 on the CPU.
+
+    Raises
+    ------
+    ModelError
+        If ``steps`` is less than 1, or more than T on a discrete path.
+    """
+    times = path.times(steps)  # refuses impossible steps
+    if _intervals(sampler, steps) != steps:
+        times = path.times(_intervals(sampler, steps))
+    if output == "eps":  # start where it tells x0, or if steps are finer, half a step late
+        bound = path.time_at(torch.tensor(EPS_MIN_LOG_SNR, dtype=torch.float64))
+        if path.timesteps:  # a time that the network was trained at
+            bound = torch.floor(bound * path.timesteps) / path.timesteps
+        times[0] = bound if bound > times[1] else (times[0] + times[1]) / 2
+    return times
+
+
+def _intervals(sampler: Sampler, steps: int) -> int:
+    return steps // 2 + 1 if sampler == "heun" else steps
 
 
 def _broadcast(t: Tensor | float, like: Tensor) -> Tensor:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from phenoseq.errors import ModelError
 from phenoseq.models.config import PhenoSeqConfig, TrainingRecord
 from phenoseq.models.denoiser import Denoiser, Memory
 from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_prediction
 from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+from phenoseq.models.files import load_weights, read_config, save_folder
 
 
 class PhenoSeq(nn.Module):
@@ -178,15 +172,7 @@ class PhenoSeq(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as partial:
-            save_file(tensors, Path(partial) / WEIGHTS, metadata={"format": "pt"})
-            (Path(partial) / CONFIG).write_text(self.config.to_json())
-            for name in (WEIGHTS, CONFIG):
-                os.replace(Path(partial) / name, folder / name)
-        return folder
+        return save_folder(folder, self.config.to_json(), self.state_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -197,27 +183,8 @@ class PhenoSeq(nn.Module):
         ModelError
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
-        folder = Path(folder)
-        pickles = [p.name for p in folder.glob("*") if p.suffix in (".pt", ".ckpt", ".pth", ".pkl")]
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).exists():
-                hint = (
-                    f"; {pickles} are pickles, which phenoseq never opens: save the model with "
-                    "'model.save(folder)'"
-                    if pickles
-                    else ""
-                )
-                raise ModelError(f"{folder}: no {name} there, so it is no phenoseq model{hint}")
-        text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-        config = PhenoSeqConfig.from_json(text, str(folder / CONFIG))
-        model = cls(config)
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(
-                f"{folder / WEIGHTS}: does not hold the weights of its config ({error}); "
-                "download or save the model again"
-            ) from error
+        model = cls(PhenoSeqConfig.from_json(*read_config(folder)))
+        load_weights(model, folder)
         return model.eval()
 
 

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from phenoseq.errors import ModelError
 from phenoseq.evaluation.report import Scores, markdown
-from phenoseq.zoo.registry import find
+from phenoseq.zoo.registry import ModelEntry, find
 
 _TABLE = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -24,11 +25,14 @@ def fill(page: str) -> str:
     Raises
     ------
     ModelError
-        Where it names a model that the zoo does not have.
+        Where it names a model that the zoo does not have, or has no measurements of.
     """
 
     def table(match: re.Match[str]) -> str:
-        path = find(match[1]).folder / "metrics.json"
+        entry = find(match[1])
+        if not isinstance(entry, ModelEntry):
+            raise ModelError(f"{entry.name}: was not measured here, so there is no table of it")
+        path = entry.folder / "metrics.json"
         facts = json.loads(path.read_text())
         scores = [Scores(**row) for row in facts["scores"]]
         what = (

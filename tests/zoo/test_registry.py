@@ -17,15 +17,18 @@ from phenoseq.errors import ModelError
 from phenoseq.evaluation.metrics import pcc_gene
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.zoo import registry
-from phenoseq.zoo.registry import find, list_models, load_model
+from phenoseq.zoo.registry import HubEntry, ModelEntry, find, list_models, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("xenium-pancreas", "simulated-plate")
+FROM_HUB = ("scgenescope-scgpt",)
 each = pytest.mark.parametrize("name", NAMES)
 
 
 def test_names():
-    assert tuple(entry.name for entry in list_models()) == NAMES
+    assert tuple(entry.name for entry in list_models()) == NAMES + FROM_HUB
+    assert all(isinstance(find(name), ModelEntry) for name in NAMES)
+    assert all(isinstance(find(name), HubEntry) for name in FROM_HUB)
     assert phenoseq.list_models() == list_models()
     assert all(entry.summary and entry.data for entry in list_models())
 
@@ -43,12 +46,13 @@ def test_a_folder_holds_config_and_safetensors_alone(name):
 
 
 def test_embedded_weights_are_small():
-    files = [p for entry in list_models() for p in entry.folder.rglob("*") if p.is_file()]
+    embedded = [entry for entry in list_models() if isinstance(entry, ModelEntry)]
+    files = [p for entry in embedded for p in entry.folder.rglob("*") if p.is_file()]
     assert len(files) == 2 * len(NAMES)
     assert sum(p.stat().st_size for p in files) < 60e6
 
 
-@each
+@pytest.mark.parametrize("name", NAMES + FROM_HUB)
 def test_card(name):
     card = (ROOT / "model_cards" / f"{name}.md").read_text()
     assert card.startswith("---\n")

@@ -1,0 +1,193 @@
+"""Predicts RNA embeddings of samples from bags of their cells' image features."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from phenoseq._version import __version__
+from phenoseq.data.bags import Bags, constant_metadata, make_bags
+from phenoseq.errors import DataError, PhenoseqWarning
+from phenoseq.inference.features import check_features, read_rows
+from phenoseq.inference.predictor import pick_device
+from phenoseq.inference.randomness import bag_normals
+from phenoseq.inference.table import Field, Job, Rows, Values
+from phenoseq.models.files import digest_of_model
+from phenoseq.models.published import PublishedPhenoSeq, published_times
+
+#: Bags encoded, and sampled, at once.
+BATCH = 32
+#: Batches in a block of a file.
+_BLOCK = 8
+#: Bytes of features held in memory.
+_HELD = 512 << 20
+#: Deviations of features from the training ones between which nothing is said.
+_FAMILIAR = (1 / 3, 3.0)
+
+
+def bag_job(
+    model: PublishedPhenoSeq,
+    features: ad.AnnData,
+    sample: str,
+    *,
+    n_samples: int = 16,
+    steps: int | None = None,
+    published_steps: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int = BATCH,
+    where: str = "features",
+    name: str = "",
+) -> Job:
+    """Lay out the prediction of embeddings of samples; see :func:`phenoseq.predict`.
+
+    Parameters
+    ----------
+    model
+        The network.
+    features
+        One row a cell, image features in X in their own scale; X may be backed by a file, which
+        must stay open until the job is done.
+    sample
+        Column of ``obs`` that says which sample a cell is of.
+    n_samples
+        Draws a bag.
+    steps, published_steps
+        See :meth:`~phenoseq.models.published.PublishedPhenoSeq.generate`.
+    seed
+        Of bags and draws.
+    device, batch_size
+        Where, and how many bags at once; neither changes the result but in its last bits.
+    where, name
+        What the features and the model are called.
+
+    Raises
+    ------
+    DataError
+        Where the features cannot be used as they are.
+    ModelError
+        Where ``steps`` is impossible.
+    """
+    if n_samples < 1:
+        raise DataError(f"n_samples is {n_samples}; draw at least one")
+    config = model.config
+    size, what = config.sizes.features, describe_features(model)
+    bags = make_bags(features.obs, sample, size=config.bag_size, seed=seed, where=where)
+    place = pick_device(device)
+    check_features(features, size, what, where)
+    model = model.to(place).eval()
+    width = config.sizes.embedding
+
+    def compute(rows: Rows) -> Iterator[tuple[Rows, Values]]:
+        for number, (some, cells) in enumerate(_batches(features, bags, rows, batch_size)):
+            with torch.inference_mode():
+                read = torch.from_numpy(cells).to(place)
+                away = (read - model.features_mean) / model.features_std
+                strange = away.square().mean(dim=(1, 2)).sqrt().cpu().numpy()
+                noise = bag_normals(seed, [bags.names[i] for i in some], n_samples, width)
+                made = model.generate(
+                    model.encode(read),
+                    torch.from_numpy(noise).to(place),
+                    steps=steps,
+                    published_steps=published_steps,
+                )
+            if number == 0:
+                _tell(strange, what, where)
+            draws = made.transpose(0, 1).float().cpu().numpy()
+            layers = {f"layers/draw_{k}": draw for k, draw in enumerate(draws)}
+            yield some, {"X": draws[0], **layers, "obs/ood_score": strange}
+
+    record = {
+        "phenoseq_version": __version__,
+        "torch_version": str(torch.__version__),
+        "model": name,
+        "source": where,
+        "pairing": config.pairing,
+        "sample_column": sample,
+        "bag_size": config.bag_size,
+        "embedding": config.embedding,
+        "seed": seed,
+        "n_samples": n_samples,
+        **_sampling(model, steps, published_steps),
+        "origin": asdict(config.origin),
+    }
+    obs = _obs(features, bags, sample)
+    return Job(
+        fields=(
+            Field("X", width),
+            *(Field(f"layers/draw_{k}", width) for k in range(n_samples)),
+            Field("obs/ood_score", 0),
+        ),
+        order=np.arange(len(bags.names)),
+        block=_BLOCK * batch_size,
+        compute=compute,
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index([f"{config.embedding}_{i}" for i in range(width)])),
+        uns={"phenoseq": record},
+        plan=record | {"cells": obs.to_json(), "weights": digest_of_model(model)},
+    )
+
+
+def describe_features(model: PublishedPhenoSeq) -> str:
+    """Say in a line which image features a model reads."""
+    how = model.config.features
+    return (
+        f"{how.extractor} on crops of {how.crop_px} px, one stain at a time in the order "
+        f"{', '.join(how.channels)}, not normalised"
+    )
+
+
+def _batches(
+    features: ad.AnnData, bags: Bags, chosen: Rows, batch_size: int
+) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
+    """Yield bags and their cells' features, ``(B, N, F)``, holding only some cells in memory."""
+    fit = _HELD // (4 * features.n_vars * bags.rows.shape[1])
+    at_once = max(fit // batch_size, 1) * batch_size
+    for first in range(0, len(chosen), at_once):
+        some = chosen[first : first + at_once]
+        wanted, places = np.unique(bags.rows[some], return_inverse=True)
+        held = read_rows(features, wanted)
+        places = places.reshape(len(some), -1)
+        for start in range(0, len(some), batch_size):
+            yield some[start : start + batch_size], held[places[start : start + batch_size]]
+
+
+def _sampling(model: PublishedPhenoSeq, steps: int | None, published: bool) -> dict[str, Any]:
+    how = model.config.noise
+    if published:
+        times = published_times(how.timesteps, 50 if steps is None else steps)
+        return {"sampler": "ddim", "steps": len(times) - 1, "published_steps": True}
+    steps = how.steps if steps is None else steps
+    return {"sampler": how.sampler, "steps": steps, "published_steps": False}
+
+
+def _tell(strange: NDArray[np.float32], what: str, where: str) -> None:
+    middle = float(np.median(strange))
+    if not _FAMILIAR[0] <= middle <= _FAMILIAR[1]:
+        warnings.warn(
+            f"{where}: features are off the training ones by {middle:.2g} deviations, about 1 for "
+            f"features like them (recorded in obs['ood_score']); the model reads {what}",
+            PhenoseqWarning,
+            stacklevel=4,
+        )
+
+
+def _obs(features: ad.AnnData, bags: Bags, sample: str) -> pd.DataFrame:
+    ids = features.obs_names.to_numpy(dtype=str)
+    obs = constant_metadata(features.obs, bags).drop(columns=sample, errors="ignore")
+    obs.insert(0, sample, bags.samples)
+    obs["n_cells"] = bags.n_cells
+    obs["filled"] = bags.n_cells < bags.rows.shape[1]
+    pairs = list(zip(bags.rows, bags.n_cells, strict=True))
+    obs["cells"] = [json.dumps(ids[rows[:own]].tolist()) for rows, own in pairs]
+    obs["filled_with"] = [json.dumps(ids[rows[own:]].tolist()) for rows, own in pairs]
+    return obs
