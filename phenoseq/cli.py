@@ -63,6 +63,26 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(predict)
     predict.set_defaults(run=_predict)
 
+    features = commands.add_parser(
+        "features", help="make the image features that the published PhenoSeq weights take"
+    )
+    features.add_argument("source", help="folder of images and CellProfiler's single-cell table")
+    features.add_argument("-o", "--out", required=True, help="FEATURES.h5ad or FEATURES.zarr")
+    features.add_argument("--pixel-size", type=float, help="um a pixel of the images")
+    features.add_argument(
+        "--crop-pixel-size", type=float, help="um a pixel of the crops (as the images)"
+    )
+    features.add_argument(
+        "--eight-bit",
+        choices=["full", "percentile"],
+        help="how pixels become 8 bits, where they are not: by the full range of their type, or "
+        "each stain by its 99.9th percentile",
+    )
+    features.add_argument("--weights", help="file of torchvision's vit_l_16 (.pth, .safetensors)")
+    features.add_argument("--yes", action="store_true", help="download these weights if need be")
+    features.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    features.set_defaults(run=_features)
+
     evaluate = commands.add_parser("evaluate", help="score a model beside the baselines")
     evaluate.add_argument("--model", required=True, help="name in the zoo, or folder")
     evaluate.add_argument("--store", required=True, help="prepared store")
@@ -139,6 +159,32 @@ def _predict(options: argparse.Namespace) -> int:
         keep_draws=options.keep_draws,
     )
     print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
+    return 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    from phenoseq.data.readers import open_source
+    from phenoseq.inference.features import check_source, image_features
+    from phenoseq.inference.writer import check_out, write_whole
+    from phenoseq.models.features import VIT_L_16, load_extractor
+    from phenoseq.progress import bar
+
+    out = check_out(options.out)
+    source = open_source(options.source, pixel_size=options.pixel_size)
+    print(f"{source.kind}: {len(source.obs):,} cells, stains {', '.join(source.channels)}")
+    check_source(source, VIT_L_16.channels, eight_bit=options.eight_bit)
+    extractor = load_extractor(weights=options.weights, yes=options.yes)
+    with bar("making features") as progress:
+        result = image_features(
+            source,
+            extractor,
+            pixel_size=options.crop_pixel_size,
+            eight_bit=options.eight_bit,
+            device=options.device,
+            progress=progress,
+        )
+    write_whole(result, out)
+    print(f"{out}: {result.n_obs:,} cells, {result.n_vars:,} features")
     return 0
 
 
