@@ -233,7 +233,7 @@ def _stated_size(path: Path, table: pd.DataFrame) -> set[float]:
     name = next((name for name in _RESOLUTION if name in table), None)
     metres = {value for value in table[name] if value} if name is not None else set()
     try:
-        return {float(value) * 1e6 for value in metres}
+        return {round(float(value) * 1e6, 6) for value in metres}
     except ValueError as error:
         raise DataError(f"{path}: {name!r} is not a number of metres ({error})") from error
 
