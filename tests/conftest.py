@@ -13,9 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 from scipy import sparse
+from torchvision.models import VisionTransformer
 
 from phenoseq.data.source import FieldImage, Level, Source
+from phenoseq.models.features import FeatureConfig
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -459,3 +462,29 @@ def make_source(
 def ramp_source() -> Callable[..., Source]:
     """Give a function that makes a source in memory, see :func:`make_source`."""
     return make_source
+
+
+# ------------------------------------------------------------------------------- frozen features
+
+
+@pytest.fixture(scope="session")
+def draw_vit() -> Callable[[FeatureConfig], VisionTransformer]:
+    """Give a function that makes torchvision's model with random weights, none of them zero."""
+
+    def draw(config: FeatureConfig) -> VisionTransformer:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vit = VisionTransformer(
+                config.image_size,
+                config.patch_size,
+                config.num_layers,
+                config.num_heads,
+                config.hidden_dim,
+                config.mlp_dim,
+                num_classes=7,
+            ).eval()
+            for parameter in vit.parameters():
+                torch.nn.init.normal_(parameter)
+        return vit
+
+    return draw

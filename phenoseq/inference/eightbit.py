@@ -37,9 +37,8 @@ class Scale:
         """Return pixels ``(n, C, H, W)`` in 8 bits, rounded to the nearest."""
         if self.mode == "none":
             return pixels
-        gain = np.divide(255.0, self.top, out=np.zeros_like(self.top), where=self.top > 0)
-        scaled = pixels * gain.astype(np.float32)[:, None, None]
-        out: NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        top = np.where(self.top > 0, self.top, np.inf)[:, None, None]
+        out: NDArray[np.uint8] = np.clip(np.rint(pixels * 255.0 / top), 0, 255).astype(np.uint8)
         return out
 
 

@@ -117,8 +117,12 @@ class FeatureExtractor(nn.Module):
         try:
             vit.load_state_dict(body, assign=True)
         except RuntimeError as error:
-            raise ModelError(f"weights of sha256 {sha256} are not of {config}: {error}") from error
-        self.vit = vit.requires_grad_(False).eval()
+            first, *more = str(error).splitlines()[1:]
+            raise ModelError(
+                f"not the weights of {config.name}: {first.strip()} (and {len(more)} more)"
+            ) from error
+        self.vit = vit
+        self.requires_grad_(False).eval()
 
     def forward(self, crops: Tensor) -> Tensor:
         """Return the features of some cells.
@@ -186,7 +190,10 @@ def load_extractor(
             PhenoseqWarning,
             stacklevel=2,
         )
-    return FeatureExtractor(config, state, sha256)
+    try:
+        return FeatureExtractor(config, state, sha256)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _cached(config: FeatureConfig, yes: bool) -> Path:
