@@ -33,8 +33,8 @@ def middle(source, crop_px=4):
     [
         ("cells.parquet", "cytotable", "uint16", "lzw"),
         ("cells.csv", "cytotable", "uint8", None),
-        ("cells.csv.gz", "pycytominer", "uint16", None),
-        ("single_cells.parquet", "pycytominer", "float32", "deflate"),
+        ("cells.csv.gz", "prefixed", "uint16", None),
+        ("single_cells.parquet", "prefixed", "float32", "deflate"),
     ],
 )
 def test_every_table_and_pixel_type_reads_the_same(
