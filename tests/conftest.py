@@ -312,8 +312,9 @@ def make_cellprofiler(
 ) -> FakeCellProfiler:
     """Write a folder of fields ``(plate, well, site)``.
 
-    ``style``: ``"cytotable"`` names columns as CytoTable does, ``"prefixed"`` those of metadata after
-    ``Metadata_``. Every plate's images bear the same names, in a folder named as at the microscope.
+    ``style``: ``"cytotable"`` names columns as CytoTable does, ``"prefixed"`` those of metadata
+    after ``Metadata_``. Every plate's images bear the same names, in a folder named as at the
+    microscope.
     """
     rng = np.random.default_rng(11)
     rows, images, pixels = [], {}, []
