@@ -164,7 +164,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _features(options: argparse.Namespace) -> int:
     from phenoseq.data.readers import open_source
-    from phenoseq.inference.features import check_source, image_features
+    from phenoseq.inference.extract import check_source, image_features
     from phenoseq.inference.writer import check_out, write_whole
     from phenoseq.models.features import VIT_L_16, load_extractor
     from phenoseq.progress import bar

@@ -15,7 +15,7 @@ import torch
 from phenoseq.cli import main
 from phenoseq.data.readers import open_source
 from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.inference.features import image_features
+from phenoseq.inference.extract import image_features
 from phenoseq.inference.writer import write_whole
 from phenoseq.models.features import FeatureConfig, FeatureExtractor
 
