@@ -7,9 +7,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phenoseq._version import __version__
 from phenoseq.errors import PhenoseqError, PhenoseqWarning
+
+if TYPE_CHECKING:
+    from phenoseq.data.source import Source
+
+FORMAT = "layout of the source (found out by itself)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make a training store from images and counts")
     prepare.add_argument("source", help="folder of images, cells and counts")
     prepare.add_argument("store", help="store to write, STORE.zarr")
-    prepare.add_argument("--format", help="layout of the source (found out by itself)")
+    prepare.add_argument("--format", help=FORMAT)
     prepare.add_argument(
         "--pixel-size", type=float, help="um a full-resolution pixel of the source"
     )
@@ -73,6 +79,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sampling(predict)
     predict.set_defaults(run=_predict)
+
+    features = commands.add_parser(
+        "features", help="make the image features that the published PhenoSeq weights take"
+    )
+    features.add_argument("source", help="folder of images and CellProfiler's single-cell table")
+    features.add_argument("-o", "--out", required=True, help="FEATURES.h5ad or FEATURES.zarr")
+    features.add_argument("--format", help=FORMAT)
+    features.add_argument("--pixel-size", type=float, help="um a pixel of the images")
+    features.add_argument(
+        "--crop-pixel-size", type=float, help="um a pixel of the crops (as the images)"
+    )
+    features.add_argument(
+        "--eight-bit",
+        choices=["full", "percentile"],
+        help="how pixels become 8 bits, where they are not: by the full range of their type, or "
+        "each stain by its 99.9th percentile",
+    )
+    features.add_argument("--weights", help="file of torchvision's vit_l_16 (.pth, .safetensors)")
+    features.add_argument("--yes", action="store_true", help="download these weights if need be")
+    features.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    features.set_defaults(run=_features)
 
     evaluate = commands.add_parser("evaluate", help="score a model beside the baselines")
     evaluate.add_argument("--model", required=True, help="name in the zoo, or folder")
@@ -113,15 +140,22 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
 
 
-def _prepare(options: argparse.Namespace) -> int:
+def _open(options: argparse.Namespace) -> Source:
+    """Open a source, and say as what."""
     from phenoseq.data.readers import find_reader, open_source
-    from phenoseq.data.store import write_store
-    from phenoseq.progress import bar
 
     reader, reason = find_reader(options.source, options.format)
     print(f"read as {reader.name}: {reason}")
     source = open_source(options.source, format=reader.name, pixel_size=options.pixel_size)
     print(f"{len(source.obs):,} cells, stains {', '.join(source.channels)}")
+    return source
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from phenoseq.data.store import write_store
+    from phenoseq.progress import bar
+
+    source = _open(options)
     with bar("cutting crops") as progress:
         store = write_store(
             source,
@@ -198,6 +232,30 @@ def _fetch(model: str, *, yes: bool) -> None:
         if input("download? [y/N] ").strip().lower() not in ("y", "yes"):
             raise ModelError(f"{entry.name}: not downloaded")
     load_model(entry.name, download=True)
+
+
+def _features(options: argparse.Namespace) -> int:
+    from phenoseq.inference.extract import check_source, image_features
+    from phenoseq.inference.writer import check_out, write_whole
+    from phenoseq.models.features import VIT_L_16, load_extractor
+    from phenoseq.progress import bar
+
+    out = check_out(options.out)
+    source = _open(options)
+    check_source(source, VIT_L_16.channels, eight_bit=options.eight_bit)
+    extractor = load_extractor(weights=options.weights, yes=options.yes)
+    with bar("making features") as progress:
+        result = image_features(
+            source,
+            extractor,
+            pixel_size=options.crop_pixel_size,
+            eight_bit=options.eight_bit,
+            device=options.device,
+            progress=progress,
+        )
+    write_whole(result, out)
+    print(f"{out}: {result.n_obs:,} cells, {result.n_vars:,} features")
+    return 0
 
 
 def _load_array(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 - numpy is not imported yet

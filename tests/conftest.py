@@ -13,9 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import torch
 from scipy import sparse
+from torchvision.models import VisionTransformer
 
 from phenoseq.data.source import FieldImage, Level, Source
+from phenoseq.models.features import FeatureConfig
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -262,6 +265,121 @@ def rewrite_matrix() -> Callable[..., None]:
     return rewrite
 
 
+# ---------------------------------------------------------------------------- CellProfiler folders
+
+#: Stains as the pipeline names them, in the order of the instrument's channel numbers, which say
+#: nothing: they differ between plates.
+PAINTING = ("RNA", "DNA", "Brightfield", "Mito", "ER", "AGP")
+
+
+@dataclass(frozen=True)
+class FakeCellProfiler:
+    """A folder with a single-cell table and its images, and what is in it.
+
+    Around each nucleus stands a square of 9 x 9 pixels of the value ``blob(cell, stain)``; all
+    other pixels are 0.
+    """
+
+    path: Path
+    table: Path
+    frame: pd.DataFrame  # as written
+    pixels: np.ndarray  # (n, 2) y and x of the centre pixel of each nucleus
+    images: dict[tuple[str, str], Path]  # by field and stain
+
+    def blob(self, cell: int | np.ndarray, stain: str) -> int | np.ndarray:
+        return 7 * (cell + 1) + PAINTING.index(stain)
+
+    def rewrite(self, frame: pd.DataFrame) -> None:
+        """Replace the table."""
+        write_table(self.table, frame)
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    frame.to_parquet(path) if path.suffix == ".parquet" else frame.to_csv(path, index=False)
+
+
+def make_cellprofiler(
+    path: Path,
+    *,
+    fields: tuple[tuple[str, str, int], ...] = (("P1", "B03", 1), ("P1", "B03", 2)),
+    cells: int = 4,
+    stains: tuple[str, ...] = PAINTING,
+    dtype: str = "uint16",
+    table: str = "cells.parquet",
+    size: tuple[int, int] = (90, 120),
+    style: str = "cytotable",
+    **tiff,
+) -> FakeCellProfiler:
+    """Write a folder of fields ``(plate, well, site)``.
+
+    ``style``: ``"cytotable"`` names columns as CytoTable does, ``"prefixed"`` those of metadata
+    after ``Metadata_``. Every plate's images bear the same names, in a folder named as at the
+    microscope.
+    """
+    rng = np.random.default_rng(11)
+    rows, images, pixels = [], {}, []
+    for f, (plate, well, site) in enumerate(fields):
+        measurement = f"{plate}__2020-11-02T19_54_45-Measurement1"
+        folder = path / "images" / measurement / "Images"
+        folder.mkdir(parents=True, exist_ok=True)
+        step = size[1] // cells
+        at = np.stack(
+            [
+                rng.integers(5, size[0] - 5, cells),
+                step * np.arange(cells) + rng.integers(5, step - 4, cells),
+            ],
+            axis=1,
+        )
+        planes = np.zeros((len(stains), *size), dtype=dtype)
+        names = {}
+        for c, stain in enumerate(stains):
+            for k, (y, x) in enumerate(at):
+                value = 7 * (f * cells + k + 1) + PAINTING.index(stain)
+                planes[c, y - 4 : y + 5, x - 4 : x + 5] = value
+            name = f"{well}f{site:02d}p01-ch{c + 1}.tiff"
+            names[stain] = name
+            images[f"{plate}_{well}_{site}", stain] = folder / name
+            tifffile.imwrite(folder / name, planes[c], **{"rowsperstrip": 32, **tiff})
+        for k, (y, x) in enumerate(at):
+            number = 2 * k + 3  # some nuclei have no cell
+            image = "Image_Metadata_" if style == "cytotable" else "Metadata_"
+            nuclei = "" if style == "cytotable" else "Metadata_"
+            rows.append(
+                {
+                    "Metadata_ImageNumber": f + 1,
+                    f"{image}Plate": plate,
+                    f"{image}Well": well,
+                    f"{image}Site": site,
+                    f"{nuclei}Nuclei_Number_Object_Number": number,
+                    **{f"Image_FileName_Orig{s}": names[s] for s in stains},
+                    **{
+                        f"Image_PathName_Orig{s}": f"D:\\data\\{measurement}\\Images"
+                        for s in stains
+                    },
+                    f"Image_FileName_Illum{stains[0]}": f"{plate}_Illum{stains[0]}.npy",
+                    "Cells_AreaShape_Area": 300.5 + k,
+                    "Cells_Location_Center_X": 0.0,
+                    "Cells_Location_Center_Y": 0.0,
+                    f"{nuclei}Nuclei_Location_Center_X": float(x),
+                    f"{nuclei}Nuclei_Location_Center_Y": float(y),
+                }
+            )
+            pixels.append((y, x))
+    frame = pd.DataFrame(rows)
+    write_table(path / table, frame)
+    return FakeCellProfiler(path, path / table, frame, np.array(pixels), images)
+
+
+@pytest.fixture
+def cellprofiler_folder(tmp_path) -> Callable[..., FakeCellProfiler]:
+    """Give a function that writes a CellProfiler folder, see :func:`make_cellprofiler`."""
+
+    def make(name: str = "painting", **options) -> FakeCellProfiler:
+        return make_cellprofiler(tmp_path / name, **options)
+
+    return make
+
+
 # ----------------------------------------------------------------------------- sources in memory
 
 
@@ -345,3 +463,29 @@ def make_source(
 def ramp_source() -> Callable[..., Source]:
     """Give a function that makes a source in memory, see :func:`make_source`."""
     return make_source
+
+
+# ------------------------------------------------------------------------------- frozen features
+
+
+@pytest.fixture(scope="session")
+def draw_vit() -> Callable[[FeatureConfig], VisionTransformer]:
+    """Give a function that makes torchvision's model with random weights, none of them zero."""
+
+    def draw(config: FeatureConfig) -> VisionTransformer:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vit = VisionTransformer(
+                config.image_size,
+                config.patch_size,
+                config.num_layers,
+                config.num_heads,
+                config.hidden_dim,
+                config.mlp_dim,
+                num_classes=7,
+            ).eval()
+            for parameter in vit.parameters():
+                torch.nn.init.normal_(parameter)
+        return vit
+
+    return draw

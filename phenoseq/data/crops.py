@@ -53,7 +53,7 @@ def outside(source: Source) -> NDArray[np.bool_]:
     """
     out = np.ones(len(source.obs), dtype=bool)
     x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
-    for name, rows in _by_field(source.obs):
+    for name, rows in by_field(source.obs):
         if name not in source.fields:
             raise DataError(f"{source.name}: cells name the field {name!r}, which has no image")
         level = source.fields[name].levels[0]
@@ -78,7 +78,7 @@ def crop_order(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.in
     inside = ~outside(source)
     centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()
     parts = [np.empty(0, dtype=np.int64)]
-    for name, rows in _by_field(source.obs):
+    for name, rows in by_field(source.obs):
         chosen = rows[inside[rows]]
         place = _Places(source.fields[name], centres[chosen], pixel_size, crop_px)
         parts.append(chosen[place.order])
@@ -141,7 +141,8 @@ def _joined(pieces: list[CropBatch]) -> CropBatch:
     )
 
 
-def _by_field(obs: pd.DataFrame) -> list[tuple[str, NDArray[np.int64]]]:
+def by_field(obs: pd.DataFrame) -> list[tuple[str, NDArray[np.int64]]]:
+    """Return the fields that cells are in, each with the positions of its cells in ``obs``."""
     groups = obs.reset_index(drop=True).groupby("field", sort=False, observed=True).indices
     return [(str(name), np.asarray(rows, dtype=np.int64)) for name, rows in groups.items()]
 

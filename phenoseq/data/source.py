@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,8 @@ class Source:
         ``symbol``; None exactly where ``counts`` is.
     identity
         Hex digest that changes when cells, counts or pixel size change.
+    skipped
+        Fields left out, with their cells, since an image is missing or broken; name -> why.
     """
 
     kind: str
@@ -85,6 +87,7 @@ class Source:
     counts: sparse.csr_matrix | None
     var: pd.DataFrame | None
     identity: str
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype[Any]:

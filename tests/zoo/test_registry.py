@@ -40,9 +40,9 @@ def test_weights_are_the_released_file(name):
 
 
 @each
-def test_a_folder_holds_config_and_safetensors_alone(name):
+def test_a_folder_holds_config_scores_and_safetensors_alone(name):
     files = sorted(p.name for p in find(name).folder.rglob("*"))
-    assert files == ["config.json", "model.safetensors"]
+    assert files == ["config.json", "metrics.json", "model.safetensors"]
 
 
 def test_embedded_weights_are_small():

@@ -99,14 +99,14 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
     for path in files:
         if path.name in seen:
             continue
-        tif = _open(path)
-        members, stated, size = _describe(path, tif.ome_metadata)
+        tif = open_tiff(path)
+        members, stated, size = stated_in_ome(path, tif.ome_metadata)
         for name in sorted(members - {path.name}):
             if not (path.parent / name).exists():
                 raise DataError(
                     f"{path.parent / name}: missing, but {path.name} says it is of its set"
                 )
-            _open(path.parent / name).close()
+            open_tiff(path.parent / name).close()
         seen |= members | {path.name}
         one = tif.series[0]
         axes = one.axes
@@ -131,7 +131,7 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
     return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
 
 
-def _open(path: Path) -> tifffile.TiffFile:
+def open_tiff(path: Path) -> tifffile.TiffFile:
     """Open one file, which must be there to its end."""
     try:
         tif = tifffile.TiffFile(path)
@@ -167,7 +167,7 @@ def _is_whole(tif: tifffile.TiffFile) -> bool:
     return True
 
 
-def _describe(path: Path, xml: str | None) -> tuple[set[str], list[str | None], float | None]:
+def stated_in_ome(path: Path, xml: str | None) -> tuple[set[str], list[str | None], float | None]:
     """Return the files of the set, the channel names and the pixel size that OME-XML states."""
     if xml is None:
         return set(), [], None
