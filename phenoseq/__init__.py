@@ -14,12 +14,14 @@ from phenoseq.errors import DataError, ModelError, PhenoseqError
 if TYPE_CHECKING:
     from phenoseq.api import evaluate, predict
     from phenoseq.data.store import Store
+    from phenoseq.inference.decode import decode
     from phenoseq.models.phenoseq import PhenoSeq
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
+    "decode": "phenoseq.inference.decode",
     "evaluate": "phenoseq.api",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
@@ -33,6 +35,7 @@ __all__ = [
     "PhenoseqError",
     "Store",
     "__version__",
+    "decode",
     "evaluate",
     "list_models",
     "load_model",

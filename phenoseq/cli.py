@@ -109,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    decode = commands.add_parser("decode", help="turn predicted embeddings into expression")
+    decode.add_argument("prediction", help="predicted embeddings, PRED.h5ad or PRED.zarr")
+    decode.add_argument(
+        "--reference", required=True, help="real cells, embedded and with expression: .h5ad, .zarr"
+    )
+    decode.add_argument("--key", default="scGPT", help="of their embedding in obsm (%(default)s)")
+    decode.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
+    decode.add_argument("-k", type=int, default=10, help="neighbours averaged (%(default)s)")
+    decode.add_argument("--weighting", default="distance", choices=["distance", "uniform"])
+    decode.add_argument("--backend", default="exact", choices=["exact", "faiss"])
+    decode.set_defaults(run=_decode)
+
     models = commands.add_parser("models", help="list the models that can be loaded by name")
     models.set_defaults(run=_models)
     actions = models.add_subparsers(metavar="ACTION")
@@ -284,6 +296,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         out=options.out,
     )
     print(markdown(scores))
+    return 0
+
+
+def _decode(options: argparse.Namespace) -> int:
+    from phenoseq.inference.decode import decode
+
+    result = decode(
+        options.prediction,
+        options.reference,
+        key=options.key,
+        k=options.k,
+        weighting=options.weighting,
+        backend=options.backend,
+        out=options.out,
+    )
+    print(f"{options.out}: {result.n_obs:,} rows, {result.n_vars} genes")
+    ratio = result.obs["reference_distance_ratio"].median()
+    print(f"  distance to the reference over that among its own cells, median: {ratio:.2f}")
     return 0
 
 
