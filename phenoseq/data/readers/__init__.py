@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phenoseq.data.readers import xenium
+from phenoseq.data.readers import merscope, xenium
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.merscope import read_merscope
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
 from phenoseq.errors import DataError
 
-__all__ = ["READERS", "Reader", "find_reader", "open_source", "read_cells", "read_xenium"]
+__all__ = [
+    "READERS",
+    "Reader",
+    "find_reader",
+    "open_source",
+    "read_cells",
+    "read_merscope",
+    "read_xenium",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,12 @@ READERS: tuple[Reader, ...] = (
         "Xenium output folder: 'cells.parquet' (or 'cells.csv.gz') and 'morphology_focus'",
         xenium.detect,
         read_xenium,
+    ),
+    Reader(
+        "merscope",
+        "MERSCOPE output folder: 'cell_metadata.csv' and 'images/mosaic_STAIN_zN.tif'",
+        merscope.detect,
+        read_merscope,
     ),
 )
 
