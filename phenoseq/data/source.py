@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,3 +99,18 @@ class Source:
     def pixel_size(self) -> float:
         """Micrometres a pixel at full resolution."""
         return next(iter(self.fields.values())).levels[0].pixel_size
+
+
+def digest_of(
+    pixel_size: float, obs: pd.DataFrame, counts: sparse.csr_matrix | None, var: pd.DataFrame | None
+) -> str:
+    """Return the ``identity`` of a source: a digest of pixel size, cells, genes and counts."""
+    digest = hashlib.sha256(f"{pixel_size:.6f}".encode())
+    digest.update("\n".join(obs.index).encode())
+    digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
+    if counts is not None and var is not None:
+        digest.update("\n".join(var.index).encode())
+        digest.update(counts.indptr.astype("<i8").tobytes())
+        digest.update(counts.indices.astype("<i8").tobytes())
+        digest.update(counts.data.astype("<f4").tobytes())
+    return digest.hexdigest()

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phenoseq.data.readers import cellprofiler, xenium
+from phenoseq.data.readers import cellprofiler, merscope, xenium
 from phenoseq.data.readers.cellprofiler import read_cellprofiler
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.merscope import read_merscope
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
 from phenoseq.errors import DataError
@@ -21,6 +22,7 @@ __all__ = [
     "open_source",
     "read_cellprofiler",
     "read_cells",
+    "read_merscope",
     "read_xenium",
 ]
 
@@ -61,6 +63,12 @@ READERS: tuple[Reader, ...] = (
         "'Image_FileName_Orig<Stain>') and the images somewhere below it",
         cellprofiler.detect,
         read_cellprofiler,
+    ),
+    Reader(
+        "merscope",
+        "MERSCOPE output folder: 'cell_metadata.csv' and 'images/mosaic_STAIN_zN.tif'",
+        merscope.detect,
+        read_merscope,
     ),
 )
 

@@ -1,10 +1,10 @@
-"""Stains of one field from OME-TIFF: one file, one file a stain, or a multi-file set."""
+"""Stains of one field from TIFF: one file, one file a stain, or a multi-file OME set."""
 
 from __future__ import annotations
 
 import struct
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,32 +45,52 @@ class OmeTiff:
             Level(
                 pixel_size=pixel_size * round(max(height / h, width / w)),
                 shape=(h, w),
-                read=_Reader([(p, s.aszarr(level=k), c) for p, s, c in self.series]),
+                read=_Reader([(p, _lazy(p, s, k), c) for p, s, c in self.series]),
             )
             for k, (h, w) in enumerate(shapes)
         )
         return FieldImage(levels, np.dtype(self.series[0][1].dtype))
 
+    def close(self) -> None:
+        """Close the files; what was read stays."""
+        for _, series, _ in self.series:
+            series.parent.close()
+
 
 class _Reader:
     """Reads a region of every channel of one pyramid level; chunks are decoded as needed."""
 
-    def __init__(self, stores: Sequence[tuple[Path, Any, int | None]]) -> None:
-        self._arrays = [(path, zarr.open_array(store, mode="r"), c) for path, store, c in stores]
+    def __init__(self, planes: Sequence[tuple[Path, Callable[[], Any], int | None]]) -> None:
+        self._planes = planes
 
     def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
         planes = []
-        for path, array, channel in self._arrays:
+        for path, array, channel in self._planes:
             region = (slice(y0, y1), slice(x0, x1))
             try:
-                plane = array[region if channel is None else (channel, *region)]
+                plane = array()[region if channel is None else (channel, *region)]
             except Exception as error:  # each codec has errors of its own
                 raise DataError(
                     f"{path}: pixels at rows {y0}-{y1}, columns {x0}-{x1} cannot be decoded "
                     f"({error}); the file may be truncated: copy it again from the source"
                 ) from error
-            planes.append(np.asarray(plane))
+            planes.append(np.asarray(plane, dtype=plane.dtype.newbyteorder("=")))
         return np.stack(planes)
+
+
+def _lazy(path: Path, series: Any, k: int) -> Callable[[], Any]:
+    """Return a function that gives the pixels of a level as something that is read when sliced.
+
+    Pixels that lie in the file as they are get mapped: read as chunks they could be one chunk of
+    many gigabytes. The map is made anew for each region, so that what was read does not pile up.
+    """
+    level = series.levels[k]
+    offset = level.dataoffset
+    if offset is not None and level.keyframe.is_memmappable:
+        dtype = np.dtype(level.dtype).newbyteorder(level.parent.byteorder)
+        return lambda: np.memmap(path, dtype, mode="r", offset=offset, shape=level.shape)
+    array = zarr.open_array(series.aszarr(level=k), mode="r")
+    return lambda: array
 
 
 def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> OmeTiff:
@@ -101,6 +121,12 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
             continue
         tif = open_tiff(path)
         members, stated, size = stated_in_ome(path, tif.ome_metadata)
+        away = sorted(name for name in members if Path(name).name != name)
+        if away:
+            raise DataError(
+                f"{path}: says that {away[:3]}, outside its folder, belong to its set; put all "
+                "files of the set in one folder and mend the names"
+            )
         for name in sorted(members - {path.name}):
             if not (path.parent / name).exists():
                 raise DataError(
@@ -118,6 +144,51 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
         sizes += [size] if size else []
     if not any(names) and len(names) == len(default_names):
         names = list(default_names)
+    _check_alike(series)
+    channels = canonical_channels(names, str(files[0].parent))
+    return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
+
+
+def open_stains(files: Mapping[str, Path]) -> OmeTiff:
+    """Open the TIFF files of one field, one a stain, under the names given for them.
+
+    What the files say of names and of a set is not asked; a pixel size in OME-XML is.
+
+    Parameters
+    ----------
+    files
+        File of each stain.
+
+    Raises
+    ------
+    DataError
+        Where a file is missing, truncated, no TIFF or of more than one plane, two names mean one
+        stain, or files differ in size or pixel type.
+    """
+    series: list[tuple[Path, Any, int | None]] = []
+    sizes: list[float] = []
+    for path in files.values():
+        tif = open_tiff(path, is_ome=False)
+        one = tif.series[0]
+        if one.axes != "YX" or len(tif.series) > 1:
+            shape = one.shape if len(tif.series) == 1 else f"{len(tif.series)} images"
+            tif.close()
+            raise DataError(
+                f"{path}: {one.axes} {shape}, where one plane of one stain is expected; write each "
+                "stain to a file of its own, or all with their names to one OME-TIFF"
+            )
+        description = str(tif.pages.first.description)
+        xml = description if "<OME" in description[:2000] else None
+        size = stated_in_ome(path, xml)[2]
+        sizes += [size] if size else []
+        series.append((path, one, None))
+    _check_alike(series)
+    where = str(next(iter(files.values())).parent)
+    channels = canonical_channels(list(files), where)
+    return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
+
+
+def _check_alike(series: Sequence[tuple[Path, Any, int | None]]) -> None:
     first_path, first, _ = series[0]
     for path, other, _ in series:
         if other.shape[-2:] != first.shape[-2:] or other.dtype != first.dtype:
@@ -127,14 +198,12 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
             )
         if [lv.shape[-2:] for lv in other.levels] != [lv.shape[-2:] for lv in first.levels]:
             raise DataError(f"{path}: its pyramid differs from that of {first_path.name}")
-    channels = canonical_channels(names, str(first_path.parent))
-    return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
 
 
-def open_tiff(path: Path) -> tifffile.TiffFile:
-    """Open one file, which must be there to its end."""
+def open_tiff(path: Path, *, is_ome: bool | None = None) -> tifffile.TiffFile:
+    """Open one file, which must be there to its end; ``is_ome=False`` ignores its OME-XML."""
     try:
-        tif = tifffile.TiffFile(path)
+        tif = tifffile.TiffFile(path, is_ome=is_ome)
         whole = _is_whole(tif)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -13,15 +12,14 @@ import pandas as pd
 from scipy import sparse
 
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.counts import align_counts
 from phenoseq.data.readers.ometiff import open_ometiff
-from phenoseq.data.source import Source
+from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.genes import gene_table, without_ensembl
 
 _CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
 _FIELD = "section"
-#: Least share of the cells that must stand in the count matrix.
-MIN_MATCHED = 0.9
 
 
 def detect(folder: Path) -> str | None:
@@ -68,14 +66,6 @@ def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
     obs.insert(0, "field", _FIELD)
     matrix = folder / "cell_feature_matrix.h5"
     counts, var = _read_counts(matrix, obs.index) if matrix.exists() else (None, None)
-    digest = hashlib.sha256(f"{size:.6f}".encode())
-    digest.update("\n".join(obs.index).encode())
-    digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
-    if counts is not None and var is not None:
-        digest.update("\n".join(var.index).encode())
-        digest.update(counts.indptr.astype("<i8").tobytes())
-        digest.update(counts.indices.astype("<i8").tobytes())
-        digest.update(counts.data.astype("<f4").tobytes())
     return Source(
         kind="xenium",
         name=str(folder),
@@ -84,7 +74,7 @@ def read_xenium(folder: Path, *, pixel_size: float | None = None) -> Source:
         obs=obs,
         counts=counts,
         var=var,
-        identity=digest.hexdigest(),
+        identity=digest_of(size, obs, counts, var),
     )
 
 
@@ -139,17 +129,6 @@ def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.Dat
     genes = np.flatnonzero(kinds == "Gene Expression")
     if not len(genes):
         raise DataError(f"{path}: no feature of the type 'Gene Expression', only {set(kinds)}")
-    if not barcodes.is_unique:
-        twice = list(barcodes[barcodes.duplicated()][:3])
-        raise DataError(f"{path}: barcodes stand there twice, e.g. {twice}; export it again")
-    place = barcodes.get_indexer(cells)
-    matched = float((place >= 0).mean())
-    if matched < MIN_MATCHED:
-        raise DataError(
-            f"{path}: {matched:.0%} of the {len(cells)} cells of the table are in the count matrix "
-            f"(cells such as {list(cells[:2])}, matrix such as {list(barcodes[:2])}); are both "
-            "from one run?"
-        )
     var = gene_table(ids[genes], symbols[genes], str(path))
     unnamed = without_ensembl(var)
     if unnamed:
@@ -160,8 +139,4 @@ def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.Dat
             stacklevel=3,
         )
     by_cell = matrix.T.tocsr()[:, genes].astype(np.float32)
-    empty = sparse.csr_matrix((1, by_cell.shape[1]), dtype=np.float32)
-    rows = np.where(place >= 0, place, by_cell.shape[0])
-    counts = sparse.vstack([by_cell, empty], format="csr")[rows]
-    counts.sort_indices()
-    return counts, var
+    return align_counts(by_cell, barcodes, cells, str(path)), var
