@@ -6,14 +6,25 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from phenoseq.data.readers import xenium
+from phenoseq.data.readers import omezarr, xenium
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.omezarr import read_omezarr
+from phenoseq.data.readers.storage import is_url, place_of
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
 from phenoseq.errors import DataError
 
-__all__ = ["READERS", "Reader", "find_reader", "open_source", "read_cells", "read_xenium"]
+__all__ = [
+    "READERS",
+    "Reader",
+    "find_reader",
+    "open_source",
+    "read_cells",
+    "read_omezarr",
+    "read_xenium",
+]
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,15 @@ class Reader:
         Returns what in a source speaks for this layout, or None.
     read
         ``read(path, pixel_size=...)`` returns the source; images are opened, not loaded.
+    remote
+        Whether both take a URL, as text, as well as a path.
     """
 
     name: str
     layout: str
-    detect: Callable[[Path], str | None]
+    detect: Callable[[Any], str | None]
     read: Callable[..., Source]
+    remote: bool = False
 
 
 #: In the order in which they are tried: the most specific layouts first.
@@ -46,6 +60,13 @@ READERS: tuple[Reader, ...] = (
         xenium.detect,
         read_xenium,
     ),
+    Reader(
+        "ome-zarr",
+        "OME-Zarr plate or image (NGFF 0.4, 0.5) with label images; also s3:// and https://",
+        omezarr.detect,
+        read_omezarr,
+        remote=True,
+    ),
 )
 
 
@@ -55,7 +76,7 @@ def find_reader(path: str | Path, format: str | None = None) -> tuple[Reader, st
     Parameters
     ----------
     path
-        A source that exists.
+        A source that exists, or a URL.
     format
         Name of a reader, in place of the first that knows the layout.
 
@@ -64,18 +85,21 @@ def find_reader(path: str | Path, format: str | None = None) -> tuple[Reader, st
     DataError
         Where the source is missing, no reader knows its layout, or there is no such reader.
     """
-    source = Path(path)
-    if not source.exists():
+    source = place_of(path)
+    if isinstance(source, Path) and not source.exists():
         raise DataError(f"{source}: no such file or folder")
     if format is not None:
         for reader in READERS:
             if reader.name == format:
+                _check_reach(reader, source)
                 return reader, "as asked for"
         names = [reader.name for reader in READERS]
         near = difflib.get_close_matches(format, names, n=1, cutoff=0.3)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(f"no format {format!r}; phenoseq reads {names}{guess}")
     for reader in READERS:
+        if is_url(source) and not reader.remote:
+            continue
         reason = reader.detect(source)
         if reason is not None:
             return reader, reason
@@ -91,7 +115,7 @@ def open_source(
     Parameters
     ----------
     path
-        Folder or file; :data:`READERS` says of what kind.
+        Folder, file or URL; :data:`READERS` says of what kind.
     format
         Name of a reader, where the layout should not be guessed.
     pixel_size
@@ -104,4 +128,9 @@ def open_source(
         reader.
     """
     reader, _ = find_reader(path, format)
-    return reader.read(Path(path), pixel_size=pixel_size)
+    return reader.read(place_of(path), pixel_size=pixel_size)
+
+
+def _check_reach(reader: Reader, source: Path | str) -> None:
+    if is_url(source) and not reader.remote:
+        raise DataError(f"{source}: {reader.name} is read from a folder; copy it to one first")
