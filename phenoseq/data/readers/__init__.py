@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phenoseq.data.readers import omezarr, xenium
+from phenoseq.data.readers import jump, omezarr, xenium
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.jump import read_jump
 from phenoseq.data.readers.omezarr import read_omezarr
 from phenoseq.data.readers.storage import is_url, place_of
 from phenoseq.data.readers.xenium import read_xenium
@@ -22,6 +23,7 @@ __all__ = [
     "find_reader",
     "open_source",
     "read_cells",
+    "read_jump",
     "read_omezarr",
     "read_xenium",
 ]
@@ -66,6 +68,12 @@ READERS: tuple[Reader, ...] = (
         omezarr.detect,
         read_omezarr,
         remote=True,
+    ),
+    Reader(
+        "jump",
+        "Cell Painting Gallery: 'load_data.csv', and the table of nuclei beside it",
+        jump.detect,
+        read_jump,
     ),
 )
 
