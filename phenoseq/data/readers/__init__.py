@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phenoseq.data.readers import jump, omezarr, xenium
+from phenoseq.data.readers import jump, omezarr, spatialdata, xenium
 from phenoseq.data.readers.cells import read_cells
 from phenoseq.data.readers.jump import read_jump
 from phenoseq.data.readers.omezarr import read_omezarr
+from phenoseq.data.readers.spatialdata import read_spatialdata
 from phenoseq.data.readers.storage import is_url, place_of
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
@@ -25,6 +26,7 @@ __all__ = [
     "read_cells",
     "read_jump",
     "read_omezarr",
+    "read_spatialdata",
     "read_xenium",
 ]
 
@@ -61,6 +63,12 @@ READERS: tuple[Reader, ...] = (
         "Xenium output folder: 'cells.parquet' (or 'cells.csv.gz') and 'morphology_focus'",
         xenium.detect,
         read_xenium,
+    ),
+    Reader(
+        "spatialdata",
+        "SpatialData folder: an image, a table, and the labels, shapes or points it is of",
+        spatialdata.detect,
+        read_spatialdata,
     ),
     Reader(
         "ome-zarr",
