@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="make a training store from images and counts")
-    prepare.add_argument("source", help="folder of images, cells and counts")
+    prepare.add_argument("source", help="folder or file of images, cells and counts")
     prepare.add_argument("store", help="store to write, STORE.zarr")
     prepare.add_argument("--format", help="layout of the source (found out by itself)")
     prepare.add_argument(
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="predict the expression of every cell")
     predict.add_argument(
-        "source", help="Xenium output folder, store, or crops (n, C, H, W) as .npy"
+        "source", help="folder, file or URL of images, store, or crops (n, C, H, W) as .npy"
     )
     predict.add_argument("--model", required=True, help="name in the zoo, or folder")
     predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phenoseq.data.readers import jump, omezarr, spatialdata, xenium
+from phenoseq.data.readers import jump, omefield, omezarr, spatialdata, xenium
 from phenoseq.data.readers.cells import read_cells
 from phenoseq.data.readers.jump import read_jump
+from phenoseq.data.readers.omefield import read_omefield
 from phenoseq.data.readers.omezarr import read_omezarr
 from phenoseq.data.readers.spatialdata import read_spatialdata
 from phenoseq.data.readers.storage import is_url, place_of
@@ -25,6 +26,7 @@ __all__ = [
     "open_source",
     "read_cells",
     "read_jump",
+    "read_omefield",
     "read_omezarr",
     "read_spatialdata",
     "read_xenium",
@@ -82,6 +84,12 @@ READERS: tuple[Reader, ...] = (
         "Cell Painting Gallery: 'load_data.csv', and the table of nuclei beside it",
         jump.detect,
         read_jump,
+    ),
+    Reader(
+        "ome-tiff",
+        "one OME-TIFF image 'NAME.ome.tif' with 'NAME_labels.tif' or 'cells.csv' beside it",
+        omefield.detect,
+        read_omefield,
     ),
 )
 
