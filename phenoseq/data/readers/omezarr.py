@@ -39,16 +39,17 @@ class _Spot:
 
 
 def detect(place: Place) -> str | None:
-    """Return what makes ``place`` look like OME-Zarr, or None."""
+    """Return what makes ``place`` look like OME-Zarr, or None.
+
+    Raises
+    ------
+    DataError
+        Where Zarr metadata is there but broken, or a URL cannot be reached.
+    """
     names = (".zattrs", "zarr.json")
     if isinstance(place, Path) and not any((place / name).is_file() for name in names):
         return None
-    try:
-        attributes = _root_attributes(Tree(place))
-    except DataError:
-        if isinstance(place, Path):
-            return None
-        raise
+    attributes = _root_attributes(Tree(place))
     kind = next((said for key, said in _KINDS.items() if key in attributes), None)
     return kind and f"its metadata tells of {kind} of OME-Zarr"
 

@@ -319,7 +319,7 @@ def test_truncated_metadata(image, cut_file):
         open_source(path)
     cut_file(path / ".zattrs", 0.5)
     with pytest.raises(DataError, match=r"ome\.zarr/\.zattrs: not JSON.*truncated"):
-        open_source(path, format="ome-zarr")
+        open_source(path)
 
 
 def test_level_that_is_missing(image):
