@@ -65,11 +65,12 @@ def predict(
     Parameters
     ----------
     source
-        A Xenium output folder (with or without its count matrix), a store made by
-        ``phenoseq prepare``, an array of crops ``(n, C, H, W)`` with one cell in the middle of
-        each, or an opened source or store. Where the pixel type is not that of the training
-        images, each stain is scaled by percentiles of the whole source. For a model of features an
-        AnnData of them, one row a cell, or its ``.h5ad`` file, which is never read whole.
+        A Xenium output folder (with or without its count matrix) or any other layout of
+        :data:`phenoseq.data.readers.READERS`, a store made by ``phenoseq prepare``, an array of
+        crops ``(n, C, H, W)`` with one cell in the middle of each, or an opened source or store.
+        Where the pixel type is not that of the training images, each stain is scaled by
+        percentiles of the whole source. For a model of features an AnnData of them, one row a
+        cell, or its ``.h5ad`` file, which is never read whole.
     model
         A name of the zoo, a folder, or a loaded model.
     n_samples

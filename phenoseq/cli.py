@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="make a training store from images and counts")
-    prepare.add_argument("source", help="folder of images, cells and counts")
+    prepare.add_argument("source", help="folder or file of images, cells and counts")
     prepare.add_argument("store", help="store to write, STORE.zarr")
     prepare.add_argument("--format", help=FORMAT)
     prepare.add_argument(
@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="predict the expression of every cell")
     predict.add_argument(
         "source",
-        help="Xenium output folder, store, crops (n, C, H, W) as .npy, or features as .h5ad",
+        help="folder, file or URL of images, store, crops (n, C, H, W) as .npy, or features as "
+        ".h5ad",
     )
     predict.add_argument("--model", required=True, help="name in the zoo, or folder")
     predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")

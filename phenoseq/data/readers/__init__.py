@@ -6,11 +6,25 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from phenoseq.data.readers import cellprofiler, merscope, xenium
+from phenoseq.data.readers import (
+    cellprofiler,
+    jump,
+    merscope,
+    omefield,
+    omezarr,
+    spatialdata,
+    xenium,
+)
 from phenoseq.data.readers.cellprofiler import read_cellprofiler
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.jump import read_jump
 from phenoseq.data.readers.merscope import read_merscope
+from phenoseq.data.readers.omefield import read_omefield
+from phenoseq.data.readers.omezarr import read_omezarr
+from phenoseq.data.readers.spatialdata import read_spatialdata
+from phenoseq.data.readers.storage import is_url, place_of
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
 from phenoseq.errors import DataError
@@ -22,7 +36,11 @@ __all__ = [
     "open_source",
     "read_cellprofiler",
     "read_cells",
+    "read_jump",
     "read_merscope",
+    "read_omefield",
+    "read_omezarr",
+    "read_spatialdata",
     "read_xenium",
 ]
 
@@ -41,12 +59,15 @@ class Reader:
         Returns what in a source speaks for this layout, or None.
     read
         ``read(path, pixel_size=...)`` returns the source; images are opened, not loaded.
+    remote
+        Whether both take a URL, as text, as well as a path.
     """
 
     name: str
     layout: str
-    detect: Callable[[Path], str | None]
+    detect: Callable[[Any], str | None]
     read: Callable[..., Source]
+    remote: bool = False
 
 
 #: In the order in which they are tried: the most specific layouts first.
@@ -58,6 +79,31 @@ READERS: tuple[Reader, ...] = (
         read_xenium,
     ),
     Reader(
+        "merscope",
+        "MERSCOPE output folder: 'cell_metadata.csv' and 'images/mosaic_STAIN_zN.tif'",
+        merscope.detect,
+        read_merscope,
+    ),
+    Reader(
+        "spatialdata",
+        "SpatialData folder: an image, a table, and the labels, shapes or points it is of",
+        spatialdata.detect,
+        read_spatialdata,
+    ),
+    Reader(
+        "ome-zarr",
+        "OME-Zarr plate or image (NGFF 0.4, 0.5) with label images; also s3:// and https://",
+        omezarr.detect,
+        read_omezarr,
+        remote=True,
+    ),
+    Reader(
+        "jump",
+        "Cell Painting Gallery: 'load_data.csv', and the table of nuclei beside it",
+        jump.detect,
+        read_jump,
+    ),
+    Reader(
         "cellprofiler",
         "folder with CellProfiler's single-cell table (.parquet or .csv, with columns "
         "'Image_FileName_Orig<Stain>') and the images somewhere below it",
@@ -65,10 +111,10 @@ READERS: tuple[Reader, ...] = (
         read_cellprofiler,
     ),
     Reader(
-        "merscope",
-        "MERSCOPE output folder: 'cell_metadata.csv' and 'images/mosaic_STAIN_zN.tif'",
-        merscope.detect,
-        read_merscope,
+        "ome-tiff",
+        "one OME-TIFF image 'NAME.ome.tif' with 'NAME_labels.tif' or 'cells.csv' beside it",
+        omefield.detect,
+        read_omefield,
     ),
 )
 
@@ -79,7 +125,7 @@ def find_reader(path: str | Path, format: str | None = None) -> tuple[Reader, st
     Parameters
     ----------
     path
-        A source that exists.
+        A source that exists, or a URL.
     format
         Name of a reader, in place of the first that knows the layout.
 
@@ -88,18 +134,21 @@ def find_reader(path: str | Path, format: str | None = None) -> tuple[Reader, st
     DataError
         Where the source is missing, no reader knows its layout, or there is no such reader.
     """
-    source = Path(path)
-    if not source.exists():
+    source = place_of(path)
+    if isinstance(source, Path) and not source.exists():
         raise DataError(f"{source}: no such file or folder")
     if format is not None:
         for reader in READERS:
             if reader.name == format:
+                _check_reach(reader, source)
                 return reader, "as asked for"
         names = [reader.name for reader in READERS]
         near = difflib.get_close_matches(format, names, n=1, cutoff=0.3)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(f"no format {format!r}; phenoseq reads {names}{guess}")
     for reader in READERS:
+        if is_url(source) and not reader.remote:
+            continue
         reason = reader.detect(source)
         if reason is not None:
             return reader, reason
@@ -115,7 +164,7 @@ def open_source(
     Parameters
     ----------
     path
-        Folder or file; :data:`READERS` says of what kind.
+        Folder, file or URL; :data:`READERS` says of what kind.
     format
         Name of a reader, where the layout should not be guessed.
     pixel_size
@@ -128,4 +177,9 @@ def open_source(
         reader.
     """
     reader, _ = find_reader(path, format)
-    return reader.read(Path(path), pixel_size=pixel_size)
+    return reader.read(place_of(path), pixel_size=pixel_size)
+
+
+def _check_reach(reader: Reader, source: Path | str) -> None:
+    if is_url(source) and not reader.remote:
+        raise DataError(f"{source}: {reader.name} is read from a folder; copy it to one first")
