@@ -100,7 +100,8 @@ def _walk(mu: Tensor, theta: Tensor) -> Iterator[tuple[int, Tensor | slice, Tens
     """Walk the counts 0, 1, ... with those (cell, gene) pairs that are not yet at their tail.
 
     Yields the count, the pairs as indices into the flattened ``(B, g)``, and their cumulative and
-    own probability at this count.
+    own probability at this count. Pairs at their tail leave once they are many; until then their
+    own probability is 0, so that no pair depends on the others.
     """
     cells, draws, genes = mu.shape
     theta = theta.to(mu).clamp(min=1e-3)
@@ -110,14 +111,17 @@ def _walk(mu: Tensor, theta: Tensor) -> Iterator[tuple[int, Tensor | slice, Tens
     size = theta.repeat(cells)[:, None]
     at: Tensor | slice = slice(None)
     cdf = torch.zeros(cells * genes, device=mu.device, dtype=mu.dtype)
+    below = torch.ones_like(cdf, dtype=torch.bool)
     for count in range(MAX_COUNT):
-        own = pmf.mean(dim=1)
+        own = pmf.mean(dim=1) * below
         cdf = cdf + own
         yield count, at, cdf, own
-        going = torch.nonzero(cdf < 1 - TAIL).squeeze(1)
+        below = cdf < 1 - TAIL
+        going = torch.nonzero(below).squeeze(1)
         if not len(going):
             return
         if len(going) < 0.7 * len(cdf):
             pmf, failure, size, cdf = pmf[going], failure[going], size[going], cdf[going]
+            below = below[going]
             at = going if isinstance(at, slice) else at[going]
         pmf = pmf * failure * ((size + count) / (count + 1))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import anndata as ad
 import numpy as np
 import pytest
 import torch
 
+import phenoseq
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.simulate import CHANNELS, PIXEL_SIZE, SimulatedPlate, simulate_plate
 from phenoseq.data.store import Store, write_store
@@ -112,3 +114,9 @@ def model(make_model) -> PhenoSeq:
 @pytest.fixture(scope="session")
 def model_folder(model, tmp_path_factory):
     return model.save(tmp_path_factory.mktemp("model") / "random-plate")
+
+
+@pytest.fixture(scope="session")
+def predicted(model, plate) -> ad.AnnData:
+    """The plate's prediction, of four draws a cell, that no test may change."""
+    return phenoseq.predict(plate.source, model=model, n_samples=4, seed=11, device="cpu")

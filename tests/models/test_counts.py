@@ -140,6 +140,20 @@ def test_summary_is_that_of_the_mixture():
             assert [q[b, g].item() for q in quantiles] == pytest.approx(want)
 
 
+def test_summaries_of_genes_and_cells_do_not_touch_each_other():
+    """A pair alone and beside means of any size, whose tails are reached sooner or later."""
+    rng = np.random.default_rng(5)
+    mu, theta = rng.gamma(0.5, 30, (7, 3, 5)), tensor(rng.gamma(2, 2, 5) + 0.1)
+    scale = tensor(rng.gamma(2, 1, 7))
+    std, (low, high) = summarise(tensor(mu), theta, scale, (0.05, 0.95))
+    for b in range(7):
+        for g in range(5):
+            some = tensor(mu[b : b + 1, :, g : g + 1])
+            alone, quantiles = summarise(some, theta[[g]], scale[[b]], (0.05, 0.95))
+            assert alone.item() == pytest.approx(std[b, g].item(), rel=1e-9)
+            assert [q.item() for q in quantiles] == [low[b, g].item(), high[b, g].item()]
+
+
 def test_spread_of_the_draws_adds_to_counting_noise():
     theta, scale = tensor([1e5]), tensor([1.0])
     alike, _ = summarise(tensor([[[20.0], [20.0]]]), theta, scale, ())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -209,6 +211,82 @@ def test_a_missing_stain_is_recorded_in_the_tokens_to_attend_to(make_model, crop
     _, keep = model.encode(crops, present)
     assert keep[:3].float().mean() == pytest.approx(2 / 3)
     assert keep[3:].all()
+
+
+# ------------------------------------------------------------------------- computed once, not often
+
+
+@contextmanager
+def calls(**modules) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+    """Record the shape of the input of every call of some modules."""
+    seen = {name: [] for name in modules}
+
+    def watch(name):
+        return lambda _, inputs: seen[name].append(tuple(inputs[0].shape))
+
+    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in modules.items()]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def parts(model) -> dict[str, torch.nn.Module]:
+    """The encoder, what depends on the context alone, on time alone, and on the draws."""
+    named = {"encoder": model.encoder, "time": model.denoiser.time, "last": model.denoiser.last}
+    for i, block in enumerate(model.denoiser.blocks):
+        named |= {f"kv{i}": block.cross.kv, f"modulate{i}": block.modulate, f"q{i}": block.cross.q}
+    return named
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+def test_a_sample_computes_keys_once_and_time_once_a_step(model, crops, noise, steps):
+    """Whatever the number of draws and cells: the context's share once, time's for no cell."""
+    cells, draws = noise.shape[:2]
+    width = (model.config.denoiser.dim,)
+    with torch.inference_mode(), calls(**parts(model)) as seen:
+        tokens, keep = model.encode(crops)
+        model.generate((tokens, keep), noise, steps=steps)
+    assert seen["encoder"] == [tuple(crops.shape)]
+    assert len(model.denoiser.blocks) >= 2
+    for i in range(len(model.denoiser.blocks)):
+        assert seen[f"kv{i}"] == [tuple(tokens.shape)]
+        assert seen[f"modulate{i}"] == [width] * steps
+        assert [s[0] for s in seen[f"q{i}"]] == [cells * draws] * steps
+    assert seen["time"] == seen["last"] == [width] * steps
+
+
+def test_guidance_computes_keys_twice_and_no_more(model, crops, noise):
+    with torch.inference_mode(), calls(**parts(model)) as seen:
+        context = model.encode(crops)
+        model.generate(context, noise, steps=5, guidance=2.0)
+    assert len(seen["encoder"]) == 1
+    assert len(seen["kv0"]) == 2
+    assert len(seen["q0"]) == 10
+
+
+def test_training_reads_a_context_once_for_all_its_targets(model, crops, cells, rng):
+    counts = torch.from_numpy(cells.counts[:6].toarray())
+    levels = 5
+    t = torch.rand(6, levels, generator=rng)
+    noise = torch.randn(6, levels, model.config.expression.latent_dim, generator=rng)
+    with calls(**parts(model)) as seen:
+        tokens, keep = model.encode(crops)
+        model.denoising_loss((tokens, keep), counts, t, noise)
+    assert seen["encoder"] == [tuple(crops.shape)]
+    for i in range(len(model.denoiser.blocks)):
+        assert seen[f"kv{i}"] == [tuple(tokens.shape)]  # six cells, not thirty
+        assert [s[0] for s in seen[f"q{i}"]] == [6 * levels]
+
+
+def test_no_number_is_drawn_but_from_what_is_given(model, crops, noise):
+    """The global generators are left alone, and so do not matter."""
+    context = model.encode(crops)
+    before = torch.get_rng_state()
+    first = model.generate(context, noise)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    assert torch.equal(model.generate(context, noise), first)
+    torch.set_rng_state(before)
 
 
 # ------------------------------------------------------------------------------------------- loss
