@@ -55,10 +55,10 @@ def predict(
     Parameters
     ----------
     source
-        A Xenium output folder (with or without its count matrix), a store made by
-        ``phenoseq prepare``, an array of crops ``(n, C, H, W)`` with one cell in the middle of
-        each, or an opened source or store. Where the pixel type is not that of the training
-        images, each stain is scaled by percentiles of the whole source.
+        A folder that a reader knows (Xenium, MERSCOPE, or plain images; counts are not needed), a
+        store made by ``phenoseq prepare``, an array of crops ``(n, C, H, W)`` with one cell in the
+        middle of each, or an opened source or store. Where the pixel type is not that of the
+        training images, each stain is scaled by percentiles of the whole source.
     model
         A name of the zoo, a folder, or a loaded model.
     n_samples

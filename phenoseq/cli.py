@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="predict the expression of every cell")
     predict.add_argument(
-        "source", help="Xenium output folder, store, or crops (n, C, H, W) as .npy"
+        "source", help="folder of images and cells, store, or crops (n, C, H, W) as .npy"
     )
     predict.add_argument("--model", required=True, help="name in the zoo, or folder")
     predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("-o", "--out", help="folder for metrics.json, metrics.md, genes.csv")
     _add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    segment = commands.add_parser("segment", help="find the nuclei in a folder of images")
+    segment.add_argument("source", help="folder of TIFF images, one stain of them DNA")
+    segment.add_argument("-o", "--out", required=True, help="folder for masks, cells.csv, overlays")
+    segment.add_argument("--pixel-size", type=float, help="um a pixel, where no file says")
+    segment.add_argument("--method", default="watershed", choices=["watershed", "cellpose"])
+    segment.set_defaults(run=_segment)
 
     models = commands.add_parser("models", help="list the models that can be loaded by name")
     models.set_defaults(run=_models)
@@ -110,6 +117,8 @@ def _prepare(options: argparse.Namespace) -> int:
     )
     for reason, n in manifest.excluded.items():
         print(f"  left out, {reason}: {n:,}")
+    for problem in manifest.problems:
+        print(f"  left out, {problem['where']} ({problem['cells']:,} cells): {problem['reason']}")
     return 0
 
 
@@ -171,6 +180,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         out=options.out,
     )
     print(markdown(scores))
+    return 0
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from phenoseq.data.nuclei import segment_folder
+    from phenoseq.progress import bar
+
+    with bar("finding nuclei") as progress:
+        counts = segment_folder(
+            options.source,
+            options.out,
+            pixel_size=options.pixel_size,
+            method=options.method,
+            progress=progress,
+        )
+    for field, n in counts.items():
+        print(f"{field}: {n:,} nuclei")
+    print(f"{options.out}: {counts.sum():,} nuclei in {len(counts):,} fields; look at overlays/")
     return 0
 
 

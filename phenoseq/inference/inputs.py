@@ -46,6 +46,8 @@ class Inputs:
         that of the training images.
     skipped
         Cells that cannot be predicted since they lie outside the image.
+    problems
+        Fields that could not be read, each with the reason.
     batches
         ``batches(batch_size)`` yields crops of ``obs`` at the model's pixel size and crop size.
     """
@@ -57,6 +59,7 @@ class Inputs:
     dtype: np.dtype[Any]
     gain: NDArray[np.float32]
     skipped: tuple[str, ...]
+    problems: tuple[str, ...]
     batches: Callable[[int], Iterator[CropBatch]]
 
 
@@ -125,6 +128,7 @@ def _from_source(
         source.dtype,
         gain,
         skipped,
+        tuple(f"{p.where}: {p.reason}" for p in source.problems),
         batches,
     )
 
@@ -154,6 +158,7 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
         np.dtype(manifest.dtype),
         gain,
         (),
+        tuple(f"{p['where']}: {p['reason']}" for p in manifest.problems),
         batches,
     )
 
@@ -199,7 +204,7 @@ def _from_array(
             rows = np.arange(start, start + len(crops))
             yield CropBatch(rows, crops, np.zeros(len(rows), dtype=bool))
 
-    return Inputs(name, "", obs, tuple(placed), array.dtype, gain, (), batches)
+    return Inputs(name, "", obs, tuple(placed), array.dtype, gain, (), (), batches)
 
 
 def _side(crop_px: int, pixel_size: float, image: ImageConfig, where: str) -> int:

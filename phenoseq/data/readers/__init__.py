@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phenoseq.data.readers import merscope, xenium
+from phenoseq.data.readers import folder, merscope, xenium
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.folder import read_folder
 from phenoseq.data.readers.merscope import read_merscope
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
@@ -20,6 +21,7 @@ __all__ = [
     "find_reader",
     "open_source",
     "read_cells",
+    "read_folder",
     "read_merscope",
     "read_xenium",
 ]
@@ -60,6 +62,12 @@ READERS: tuple[Reader, ...] = (
         "MERSCOPE output folder: 'cell_metadata.csv' and 'images/mosaic_STAIN_zN.tif'",
         merscope.detect,
         read_merscope,
+    ),
+    Reader(
+        "folder",
+        "folder of TIFF images 'FIELD_STAIN.tif', with 'cells.csv', 'masks', or neither",
+        folder.detect,
+        read_folder,
     ),
 )
 

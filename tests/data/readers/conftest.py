@@ -1,4 +1,4 @@
-"""Small MERSCOPE output folders."""
+"""Small MERSCOPE output folders and plain folders of images."""
 
 from __future__ import annotations
 
@@ -103,5 +103,53 @@ def merscope_folder(tmp_path) -> Callable[..., FakeMerscope]:
 
     def make(name: str = "merscope", **options) -> FakeMerscope:
         return make_merscope(tmp_path / name, **options)
+
+    return make
+
+
+# ---------------------------------------------------------------------------- folders of images
+
+
+def write_field(folder: Path, names: Mapping[str, int], **options) -> None:
+    """Write a file for each name, of 40 x 50 pixels of one value."""
+    for name, value in names.items():
+        image = np.full((40, 50), value, dtype=np.uint16)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, image, photometric="minisblack", metadata=None, **options)
+
+
+def nuclei(n: int = 3, shape: tuple[int, int] = (60, 200)) -> np.ndarray:
+    """Return an image of ``n`` discs of 12 pixels, at y 30 and x 20, 50, 80 and so on."""
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    image = 100 + np.random.default_rng(0).integers(0, 9, shape)
+    for k in range(n):
+        image[np.hypot(y - 30, x - 20 - 30 * k) < 6] = 2000
+    return image.astype(np.uint16)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Callable[..., Path]:
+    """Give a function that writes a folder of files, each of one value, see :func:`write_field`."""
+
+    def make(names: Mapping[str, int], name: str = "images", **options) -> Path:
+        write_field(tmp_path / name, names, **options)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def plate(tmp_path) -> Callable[..., Path]:
+    """Give a function that writes ``n`` fields ``A01`` and so on, of DNA (with nuclei) and ER."""
+
+    def make(n: int, name: str = "plate", **options) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for k in range(n):
+            for stain, image in (("DAPI", nuclei(k + 1)), ("ER", np.full((60, 200), k))):
+                path = folder / f"A{k + 1:02d}_{stain}.tif"
+                tifffile.imwrite(path, image.astype(np.uint16), metadata=None, **options)
+        return folder
 
     return make
