@@ -122,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--backend", default="exact", choices=["exact", "faiss"])
     decode.set_defaults(run=_decode)
 
+    segment = commands.add_parser("segment", help="find the nuclei in a folder of images")
+    segment.add_argument("source", help="folder of TIFF images, one stain of them DNA")
+    segment.add_argument("-o", "--out", required=True, help="folder for masks, cells.csv, overlays")
+    segment.add_argument("--pixel-size", type=float, help="um a pixel, where no file says")
+    segment.add_argument("--method", default="watershed", choices=["watershed", "cellpose"])
+    segment.set_defaults(run=_segment)
+
     models = commands.add_parser("models", help="list the models that can be loaded by name")
     models.set_defaults(run=_models)
     actions = models.add_subparsers(metavar="ACTION")
@@ -186,6 +193,8 @@ def _prepare(options: argparse.Namespace) -> int:
     )
     for reason, n in manifest.excluded.items():
         print(f"  left out, {reason}: {n:,}")
+    for problem in manifest.problems:
+        print(f"  left out, {problem['where']} ({problem['cells']:,} cells): {problem['reason']}")
     return 0
 
 
@@ -315,6 +324,24 @@ def _decode(options: argparse.Namespace) -> int:
     print(f"{options.out}: {result.n_obs:,} rows, {result.n_vars} genes")
     ratio = result.obs["reference_distance_ratio"].median()
     print(f"  distance to the reference over that among its own cells, median: {ratio:.2f}")
+    return 0
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from phenoseq.data.nuclei import segment_folder
+    from phenoseq.progress import bar
+
+    with bar("finding nuclei") as progress:
+        counts = segment_folder(
+            options.source,
+            options.out,
+            pixel_size=options.pixel_size,
+            method=options.method,
+            progress=progress,
+        )
+    for field, n in counts.items():
+        print(f"{field}: {n:,} nuclei")
+    print(f"{options.out}: {counts.sum():,} nuclei in {len(counts):,} fields; look at overlays/")
     return 0
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
+
+from phenoseq.errors import DataError, PhenoseqWarning
+
+#: Largest share of fields that may be left out because of problems.
+MAX_PROBLEMS = 0.2
 
 Region = Callable[[int, int, int, int], NDArray[Any]]
 
@@ -52,6 +58,25 @@ class FieldImage:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """Something in a source that could not be read and is left out.
+
+    Attributes
+    ----------
+    where
+        The field or file.
+    reason
+        What was wrong with it, and what to do.
+    cells
+        Number of cells that are left out with it, where there is a table of them.
+    """
+
+    where: str
+    reason: str
+    cells: int = 0
+
+
+@dataclass(frozen=True)
 class Source:
     """Images and cells of one experiment, as every reader yields them.
 
@@ -76,8 +101,8 @@ class Source:
         ``symbol``; None exactly where ``counts`` is.
     identity
         Hex digest that changes when cells, counts or pixel size change.
-    skipped
-        Fields left out, with their cells, since an image is missing or broken; name -> why.
+    problems
+        What is left out because it could not be read; neither ``fields`` nor ``obs`` has it.
     """
 
     kind: str
@@ -88,7 +113,7 @@ class Source:
     counts: sparse.csr_matrix | None
     var: pd.DataFrame | None
     identity: str
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -102,11 +127,16 @@ class Source:
 
 
 def digest_of(
-    pixel_size: float, obs: pd.DataFrame, counts: sparse.csr_matrix | None, var: pd.DataFrame | None
+    pixel_size: float,
+    obs: pd.DataFrame,
+    counts: sparse.csr_matrix | None = None,
+    var: pd.DataFrame | None = None,
 ) -> str:
     """Return the ``identity`` of a source: a digest of pixel size, cells, genes and counts."""
     digest = hashlib.sha256(f"{pixel_size:.6f}".encode())
     digest.update("\n".join(obs.index).encode())
+    if (obs["field"] != obs["field"].iloc[0]).any():
+        digest.update("\n".join(obs["field"].astype(str)).encode())
     digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
     if counts is not None and var is not None:
         digest.update("\n".join(var.index).encode())
@@ -114,3 +144,39 @@ def digest_of(
         digest.update(counts.indices.astype("<i8").tobytes())
         digest.update(counts.data.astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
+    """Warn of the fields that are left out; stop where they are too many.
+
+    Parameters
+    ----------
+    problems
+        One a field that is left out.
+    n_read
+        Fields that are there.
+    name
+        What the source is called.
+
+    Raises
+    ------
+    DataError
+        Where they are more than a fifth of all fields (:data:`MAX_PROBLEMS`).
+    """
+    if not problems:
+        return
+    n, cells = len(problems), sum(p.cells for p in problems)
+    shown = "".join(f"\n  {p.where}: {p.reason}" for p in problems[:5])
+    more = f"\n  and {n - 5} more" if n > 5 else ""
+    if n > MAX_PROBLEMS * (n + n_read):
+        raise DataError(
+            f"{name}: {n} of {n + n_read} fields cannot be used, more than {MAX_PROBLEMS:.0%}: "
+            f"mend or remove them{shown}{more}"
+        )
+    warnings.warn(
+        f"{name}: {n} of {n + n_read} fields cannot be used and are left out"
+        + (f", with {cells} cells" if cells else "")
+        + f" (recorded in what is written){shown}{more}",
+        PhenoseqWarning,
+        stacklevel=3,
+    )

@@ -72,6 +72,9 @@ class Manifest:
         Cells of the source that are not in the store, by reason.
     version
         The phenoseq that wrote it.
+    problems
+        Fields of the source that could not be read: ``where``, ``reason``, and number of ``cells``
+        (:class:`~phenoseq.data.source.Problem`).
     """
 
     schema_version: int
@@ -90,6 +93,7 @@ class Manifest:
     min_counts: int
     excluded: dict[str, int]
     version: str
+    problems: tuple[dict[str, Any], ...] = ()
 
     @property
     def crop_width(self) -> float:
@@ -107,7 +111,7 @@ class Manifest:
             )
         try:
             lists = {k: tuple(raw[k]) for k in ("channels", "genes", "symbols")}
-            return cls(**{**raw, **lists})
+            return cls(**{**raw, **lists, "problems": tuple(raw.get("problems", ()))})
         except (TypeError, KeyError) as error:
             raise DataError(f"{where}: broken manifest ({error}); prepare it again") from error
 
@@ -340,6 +344,7 @@ def write_store(
             min_counts=min_counts,
             excluded={str(k): int(v) for k, v in excluded["reason"].value_counts().items()},
             version=__version__,
+            problems=tuple(asdict(problem) for problem in source.problems),
         )
         group.attrs["phenoseq"] = asdict(manifest)
     return Store(path)

@@ -171,7 +171,8 @@ def image_features(
         x, cut, obs = x[good], cut[good], obs[good]
     record = _record(source, extractor, scale, size)
     record["skipped_cells"] = list(source.obs.index[away])
-    record["skipped_fields"] = [f"{k}: {why}" for k, why in {**source.skipped, **failed}.items()]
+    before = {problem.where: problem.reason for problem in source.problems}
+    record["problems"] = [f"{where}: {why}" for where, why in {**before, **failed}.items()]
     return _anndata(x, obs, cut, extractor, record, sample)
 
 

@@ -47,6 +47,8 @@ class Inputs:
         that of the training images.
     skipped
         Cells that cannot be predicted since they lie outside the image.
+    problems
+        Fields that could not be read, each with the reason.
     order
         All rows of ``obs``, in the order in which their crops are best read.
     crops
@@ -61,6 +63,7 @@ class Inputs:
     dtype: np.dtype[Any]
     gain: NDArray[np.float32]
     skipped: tuple[str, ...]
+    problems: tuple[str, ...]
     order: Rows
     crops: Callable[[Rows, int], Iterator[CropBatch]]
 
@@ -130,6 +133,7 @@ def _from_source(
         source.dtype,
         gain,
         skipped,
+        tuple(f"{p.where}: {p.reason}" for p in source.problems),
         crop_order(source, image.pixel_size, image.crop_px),
         crops,
     )
@@ -162,6 +166,7 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
         np.dtype(manifest.dtype),
         gain,
         (),
+        tuple(f"{p['where']}: {p['reason']}" for p in manifest.problems),
         np.argsort(rows, kind="stable"),
         crops,
     )
@@ -211,7 +216,9 @@ def _from_array(
     order = np.arange(len(array))
     digest = hashlib.sha256(f"{name} {array.dtype} {channels} {pixel_size}".encode())
     digest.update(np.ascontiguousarray(array[_some(obs.index)]).tobytes())
-    return Inputs(name, digest.hexdigest(), obs, tuple(placed), array.dtype, gain, (), order, crops)
+    return Inputs(
+        name, digest.hexdigest(), obs, tuple(placed), array.dtype, gain, (), (), order, crops
+    )
 
 
 def _side(crop_px: int, pixel_size: float, image: ImageConfig, where: str) -> int:

@@ -144,6 +144,7 @@ def _record(
         "intensity_gain": [float(g) for g in inputs.gain],
         "median_library": model.config.expression.median_library,
         "skipped_cells": list(inputs.skipped),
+        "problems": list(inputs.problems),
     }
 
 

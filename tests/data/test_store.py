@@ -12,7 +12,7 @@ import sys
 import textwrap
 import tracemalloc
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import anndata as ad
@@ -27,7 +27,7 @@ from phenoseq.data import crops as crops_module
 from phenoseq.data import store as store_module
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import open_source
-from phenoseq.data.source import FieldImage, Level
+from phenoseq.data.source import FieldImage, Level, Problem
 from phenoseq.data.store import Manifest, Store, is_store, write_store
 from phenoseq.errors import DataError
 
@@ -691,3 +691,11 @@ def test_memory_does_not_grow_with_the_image(tmp_path, ramp_source, monkeypatch)
     little, much = peak(1000, 600), peak(4000, 9600)
     assert 9600 * 2 * 32 * 32 * 2 > 30e6  # the crops alone
     assert much - little < 8e6
+
+
+def test_problems_of_the_source_are_in_the_manifest(ramp_source, tmp_path):
+    problem = Problem("A03", "A03_ER.tif: truncated", 7)
+    source = replace(ramp_source(), problems=(problem,))
+    store = write_store(source, tmp_path / "a.zarr", pixel_size=0.5, crop_px=16)
+    assert store.manifest.problems == (asdict(problem),)
+    assert Store(tmp_path / "a.zarr").manifest.problems == (asdict(problem),)

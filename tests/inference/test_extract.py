@@ -164,7 +164,7 @@ def test_record(noisy, extractor):
     assert record["eight_bit"] == "none"
     assert record["source"] == str(fake.path)
     assert record["source_identity"] == source.identity
-    assert record["skipped_cells"] == record["skipped_fields"] == []
+    assert record["skipped_cells"] == record["problems"] == []
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
@@ -256,7 +256,7 @@ def test_field_damaged_inside_is_left_out_and_recorded(noisy, extractor, eight_b
     if eight_bit is None:
         np.testing.assert_array_equal(made.X, whole[kept].X)
         np.testing.assert_array_equal(made.obs["cut_by_border"], whole[kept].obs["cut_by_border"])
-    (why,) = made.uns["phenoseq"]["skipped_fields"]
+    (why,) = made.uns["phenoseq"]["problems"]
     assert why.startswith("P1_B03_2: ")
     for field in ("P1_B03_1", "P2_B03_1"):
         fake.images[field, "DNA"].write_bytes(bytes(10))
@@ -269,7 +269,7 @@ def test_fields_that_the_reader_left_out_stay_recorded(noisy, extractor):
     fake.images["P1_B03_2", "ER"].unlink()
     with pytest.warns(PhenoseqWarning, match="1 of 3 fields"):
         source = open_source(fake.path, pixel_size=0.5)
-    (why,) = image_features(source, extractor, device="cpu").uns["phenoseq"]["skipped_fields"]
+    (why,) = image_features(source, extractor, device="cpu").uns["phenoseq"]["problems"]
     assert why.startswith("P1_B03_2: ")
 
 

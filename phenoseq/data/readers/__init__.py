@@ -10,6 +10,7 @@ from typing import Any
 
 from phenoseq.data.readers import (
     cellprofiler,
+    folder,
     jump,
     merscope,
     omefield,
@@ -19,6 +20,7 @@ from phenoseq.data.readers import (
 )
 from phenoseq.data.readers.cellprofiler import read_cellprofiler
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.folder import read_folder
 from phenoseq.data.readers.jump import read_jump
 from phenoseq.data.readers.merscope import read_merscope
 from phenoseq.data.readers.omefield import read_omefield
@@ -36,6 +38,7 @@ __all__ = [
     "open_source",
     "read_cellprofiler",
     "read_cells",
+    "read_folder",
     "read_jump",
     "read_merscope",
     "read_omefield",
@@ -115,6 +118,12 @@ READERS: tuple[Reader, ...] = (
         "one OME-TIFF image 'NAME.ome.tif' with 'NAME_labels.tif' or 'cells.csv' beside it",
         omefield.detect,
         read_omefield,
+    ),
+    Reader(
+        "folder",
+        "folder of TIFF images 'FIELD_STAIN.tif', with 'cells.csv', 'masks', or neither",
+        folder.detect,
+        read_folder,
     ),
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from phenoseq.channels import canonical_channels
 from phenoseq.data.readers.cells import check_cells
 from phenoseq.data.readers.planes import Planes, choose_file, find_files, open_planes
-from phenoseq.data.source import Source
+from phenoseq.data.source import Problem, Source, digest_of, tell_problems
 from phenoseq.errors import DataError, PhenoseqWarning
 
 _IMAGE = re.compile(r"Image_FileName_Orig(.+)")
@@ -70,7 +69,7 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
     cells by ``plate_well_site_object``. Images are looked up by name below the folder, wherever
     they were when the table was made. Stains that few fields have are left out; then a field
     that lacks an image, or has a broken one, is left out with its cells. Both are told in a
-    warning, the latter recorded in ``skipped``. There are no counts.
+    warning, the latter recorded in ``problems``. There are no counts.
 
     Parameters
     ----------
@@ -94,14 +93,14 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
     table = _read(path, columns)
     stated = _stated_size(path, table)
     obs, sites = _cells(path, table)
-    images, skipped, channels = _images(folder, path, sites)
+    images, reasons, channels = _images(folder, path, sites)
     sizes = {planes.pixel_size for planes in images.values() if planes.pixel_size} | stated
     size = _pixel_size(path, sizes, pixel_size)
+    cells = obs["field"].value_counts()
+    problems = tuple(Problem(f, why, int(cells[f])) for f, why in reasons.items())
+    tell_problems(problems, len(images), str(folder))
     obs = obs[obs["field"].isin(list(images))].copy()
     obs[["x_centroid", "y_centroid"]] = (obs[["x_centroid", "y_centroid"]] + 0.5) * size
-    digest = hashlib.sha256(f"{size:.6f}".encode())
-    digest.update("\n".join(obs.index).encode())
-    digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
     return Source(
         kind="cellprofiler",
         name=str(folder),
@@ -110,8 +109,8 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
         obs=obs,
         counts=None,
         var=None,
-        identity=digest.hexdigest(),
-        skipped=skipped,
+        identity=digest_of(size, obs),
+        problems=problems,
     )
 
 
@@ -283,7 +282,7 @@ def _images(
     absent = {_stain(name): named[name][0] for name in columns if name not in kept}
     if absent:
         _warn(f"{folder}: no images, or few, of the stains {absent}: they are left out")
-    images, skipped = {}, {}
+    images, reasons = {}, {}
     for k, field in enumerate(sites.index):
         missing = [named[name][k] or f"{name} is empty" for name in kept if files[name][k] is None]
         try:
@@ -291,18 +290,13 @@ def _images(
                 raise DataError(f"{folder}: field {field}: no image {missing} below it")
             images[field] = open_planes([p for n in kept if (p := files[n][k]) is not None])
         except DataError as error:
-            skipped[field] = str(error)
-    if len(skipped) > (1 - MIN_SHARE) * len(sites):
-        raise DataError(next(iter(skipped.values())))
-    if skipped:
-        _warn(
-            f"{folder}: {len(skipped)} of {len(sites)} fields are left out (recorded), e.g. "
-            f"{next(iter(skipped.values()))}"
-        )
+            reasons[field] = str(error)
+    if not images:
+        raise DataError(next(iter(reasons.values())))
     types = {planes.dtype.name: planes.paths[0] for planes in images.values()}
     if len(types) > 1:
         raise DataError(f"{folder}: fields differ in pixel type: {types}; read them apart")
-    return images, skipped, channels
+    return images, reasons, channels
 
 
 def _check_apart(

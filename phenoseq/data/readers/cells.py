@@ -32,26 +32,37 @@ def read_cells(path: str | Path) -> pd.DataFrame:
         cell without an id or a position that is not a number, or repeats a cell.
     """
     path = Path(path)
+    table = read_table(path)
+    return check_cells(table, str(path))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table with a column ``cell_id``, and index it by that, as text.
+
+    Raises
+    ------
+    DataError
+        Where the file is missing or unreadable, lacks the column, or has a cell without an id.
+    """
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            table = pd.read_csv(path, dtype={"cell_id": str})
+            table = pd.read_csv(path, dtype={"cell_id": str, "field": str})
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); copy it again from the source"
         ) from error
-    lacking = [name for name in ("cell_id", *CENTROID) if name not in table]
-    if lacking:
-        raise DataError(f"{path}: no column {lacking}; it has {list(table.columns)[:12]}")
+    if "cell_id" not in table:
+        raise DataError(f"{path}: no column 'cell_id'; it has {list(table.columns)[:12]}")
     nameless = int(table["cell_id"].isna().sum())
     if nameless:
         raise DataError(f"{path}: {nameless} cells have no id; give every cell one of its own")
     ids = [i.decode() if isinstance(i, bytes) else str(i) for i in table.pop("cell_id")]
     table.index = pd.Index(ids, dtype=object, name="cell_id")
-    return check_cells(table, str(path))
+    return table
 
 
 def check_cells(table: pd.DataFrame, where: str) -> pd.DataFrame:

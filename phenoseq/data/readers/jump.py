@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from phenoseq.channels import canonical_channels
 from phenoseq.data.readers.cells import check_cells
-from phenoseq.data.readers.identity import identity_of
 from phenoseq.data.readers.illumination import corrected, open_illumination
 from phenoseq.data.readers.nuclei import KEYS, read_nuclei
 from phenoseq.data.readers.plate import well_name
 from phenoseq.data.readers.scale import pixel_size_of
 from phenoseq.data.readers.storage import Place, inside, is_url, open_file, place_of
-from phenoseq.data.source import FieldImage, Level, Source
+from phenoseq.data.source import FieldImage, Level, Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
 
 #: Names of the list of images, the first that is there counts.
@@ -87,7 +86,7 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
         obs=obs,
         counts=None,
         var=None,
-        identity=identity_of(size, obs),
+        identity=digest_of(size, obs),
     )
 
 

@@ -10,11 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from phenoseq.data.readers.cells import check_cells, read_cells
-from phenoseq.data.readers.identity import identity_of
 from phenoseq.data.readers.labels import BLOCK, centroids
 from phenoseq.data.readers.ometiff import OmeTiff, open_ometiff
 from phenoseq.data.readers.scale import pixel_size_of
-from phenoseq.data.source import Source
+from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError
 
 _ENDINGS = (".ome.tif", ".ome.tiff")
@@ -75,7 +74,7 @@ def read_omefield(path: Path, *, pixel_size: float | None = None) -> Source:
         obs=obs,
         counts=None,
         var=None,
-        identity=identity_of(size, obs),
+        identity=digest_of(size, obs),
     )
 
 

@@ -51,6 +51,26 @@ class OmeTiff:
         )
         return FieldImage(levels, np.dtype(self.series[0][1].dtype))
 
+    def check(self) -> None:
+        """Decode every pixel of full resolution once, block by block, and drop it.
+
+        Raises
+        ------
+        DataError
+            Where compressed pixels are damaged.
+        """
+        for path, series in {path: series for path, series, _ in self.series}.items():
+            for page in series.pages:
+                if page.keyframe.compression == 1:
+                    continue  # damage to plain numbers cannot be told
+                try:
+                    for _ in page.segments(maxworkers=1):
+                        pass
+                except Exception as error:  # each codec has errors of its own
+                    raise DataError(
+                        f"{path}: its pixels cannot be decoded ({error}); copy it again"
+                    ) from error
+
     def close(self) -> None:
         """Close the files; what was read stays."""
         for _, series, _ in self.series:

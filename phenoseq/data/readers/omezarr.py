@@ -10,13 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from phenoseq.data.readers.cells import check_cells
-from phenoseq.data.readers.identity import identity_of
 from phenoseq.data.readers.labels import centroids
 from phenoseq.data.readers.multiscale import Attributes, Multiscale, ngff, open_multiscales
 from phenoseq.data.readers.plate import well_name
 from phenoseq.data.readers.scale import pixel_size_of
 from phenoseq.data.readers.storage import Place, Tree, inside, place_of
-from phenoseq.data.source import Source
+from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
 
 #: Of several label images, the one of the first of these names is read.
@@ -114,7 +113,7 @@ def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Sour
         obs=obs,
         counts=None,
         var=None,
-        identity=identity_of(size, obs),
+        identity=digest_of(size, obs),
     )
 
 

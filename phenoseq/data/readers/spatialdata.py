@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from phenoseq.data.readers.cells import check_cells
-from phenoseq.data.readers.identity import identity_of
 from phenoseq.data.readers.labels import centroids
 from phenoseq.data.readers.multiscale import Multiscale, ngff, open_multiscales
 from phenoseq.data.readers.scale import pixel_size_of
 from phenoseq.data.readers.storage import Tree, inside
 from phenoseq.data.readers.transformation import to_global
 from phenoseq.data.readers.wkb import centroid
-from phenoseq.data.source import Source
+from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.genes import gene_table, without_ensembl
 
@@ -117,7 +116,7 @@ def read_spatialdata(path: Path, *, pixel_size: float | None = None) -> Source:
         obs=obs,
         counts=counts,
         var=var,
-        identity=identity_of(size, obs, counts, var),
+        identity=digest_of(size, obs, counts, var),
     )
 
 

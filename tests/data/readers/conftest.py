@@ -1,4 +1,4 @@
-"""Small fake data for the readers: MERSCOPE folders, Zarr, tables, and a local web server."""
+"""Small fake data for the readers: MERSCOPE, plain folders, Zarr, tables, a local web server."""
 
 from __future__ import annotations
 

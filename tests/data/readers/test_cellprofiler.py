@@ -189,22 +189,28 @@ def test_pixel_size_that_cannot_be(cellprofiler_folder, size):
 # ---------------------------------------------------------------------------------------- images
 
 
+FIVE = tuple(("P1", "B03", k) for k in range(1, 6))
+
+
 def test_missing_image_leaves_out_its_field_and_says_so(cellprofiler_folder):
-    fake = cellprofiler_folder()
+    fake = cellprofiler_folder(fields=FIVE)
     fake.images["P1_B03_1", "ER"].unlink()
-    with pytest.warns(PhenoseqWarning, match=r"1 of 2 fields are left out.*P1_B03_1.*ch5\.tiff"):
+    with pytest.warns(
+        PhenoseqWarning, match=r"1 of 5 fields cannot be used.*\n.*P1_B03_1.*ch5\.tiff"
+    ):
         source = open_source(fake.path, pixel_size=0.5)
-    assert list(source.fields) == ["P1_B03_2"]
-    assert set(source.obs["field"]) == {"P1_B03_2"}
+    assert list(source.fields) == [f"P1_B03_{k}" for k in (2, 3, 4, 5)]
+    assert set(source.obs["field"]) == set(source.fields)
     assert source.channels == CANONICAL
-    assert list(source.skipped) == ["P1_B03_1"]
-    assert "ch5.tiff" in source.skipped["P1_B03_1"]
+    (problem,) = source.problems
+    assert problem.where == "P1_B03_1"
+    assert "ch5.tiff" in problem.reason
 
 
 def test_whole_plate_raises_no_warning(cellprofiler_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not open_source(cellprofiler_folder().path, pixel_size=0.5).skipped
+        assert not open_source(cellprofiler_folder().path, pixel_size=0.5).problems
 
 
 def test_stain_without_images_is_left_out(cellprofiler_folder):
@@ -232,11 +238,11 @@ def test_truncated_image(cellprofiler_folder, cut_file, share):
     cut_file(one.images["P1_B03_1", "Mito"], share)
     with pytest.raises(DataError, match=r"ch4\.tiff: .*copy it again"):
         open_source(one.path, pixel_size=0.5)
-    several = cellprofiler_folder("several")
+    several = cellprofiler_folder("several", fields=FIVE)
     cut_file(several.images["P1_B03_2", "Mito"], share)
     with pytest.warns(PhenoseqWarning, match=r"f02p01-ch4\.tiff: .*copy it again"):
         source = open_source(several.path, pixel_size=0.5)
-    assert list(source.skipped) == ["P1_B03_2"]
+    assert [p.where for p in source.problems] == ["P1_B03_2"]
 
 
 def test_image_damaged_inside_is_refused_when_read(cellprofiler_folder):
