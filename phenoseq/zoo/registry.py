@@ -64,7 +64,7 @@ _ENTRIES: tuple[ModelEntry | HubEntry, ...] = (
         name="xenium-pancreas",
         summary="377 genes from DNA, Boundary, 18S and InteriorProtein, 27 um crops",
         data="10x Genomics, Xenium V1 Human Pancreas FFPE (CC BY 4.0)",
-        sha256="",
+        sha256="dde258d73f82985826bccccb5e0276fed66000b7eaf6e13a37c6562fa93593fa",
     ),
     ModelEntry(
         name="simulated-plate",

@@ -361,7 +361,7 @@ def test_other_tables_are_no_matter(cellprofiler_folder):
 
 def test_folder_without_a_table_names_both_layouts(tmp_path):
     pd.DataFrame({"well": ["B03"]}).to_csv(tmp_path / "platemap.csv")
-    with pytest.raises(DataError, match=r"morphology_focus.*CellProfiler.*Image_FileName_Orig"):
+    with pytest.raises(DataError, match=r"(?s)morphology_focus.*CellProfiler.*Image_FileName_Orig"):
         open_source(tmp_path)
 
 
