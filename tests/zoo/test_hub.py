@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -16,14 +17,20 @@ import pandas as pd
 import pytest
 
 NAME, REPO, COMMIT = "scgenescope-scgpt", "Sentinal4D/PhenoSeq", "c0ffee" + "0" * 34
-LOAD = """
-import sys, phenoseq
-try:
-    model = phenoseq.load_model({name!r}, download={download})
-    print("LOADED", model.config.origin.commit, model.config.sizes.features)
-except phenoseq.ModelError as error:
-    print("REFUSED", error)
+#: What every script can do: load, and remove what is cached or kept. Loads print their outcome.
+START = """
+import shutil
+from pathlib import Path
+import numpy as np, phenoseq
+HUB, KEPT, FILES = Path({home!r}) / "hub", Path({kept!r}), Path({files!r})
+def load(download=False):
+    try:
+        model = phenoseq.load_model({name!r}, download=download)
+        print("LOADED", model.config.origin.commit, model.config.sizes.features)
+    except phenoseq.ModelError as error:
+        print("REFUSED", error)
 """
+LOADED = f"LOADED {COMMIT} 40"
 
 PATH = Path(__file__).with_name("hub_server.py")
 spec = importlib.util.spec_from_file_location("hub_server", PATH)
@@ -50,113 +57,106 @@ def hub(tmp_path, files):
 
 
 class Machine:
-    """A machine with a cache of its own; every call is a fresh interpreter."""
+    """A machine with a cache of its own; every run is a fresh interpreter."""
 
-    def __init__(self, home: Path, endpoint: str) -> None:
-        self.home, self.endpoint = home, endpoint
+    def __init__(self, home: Path, hub) -> None:
+        self.home, self.endpoint, self.files = home, hub.url, hub.folder
         self.kept = home / "assets" / "phenoseq" / REPO.replace("/", "--") / NAME
 
-    def run(self, *command: str, offline: bool = False, text: str | None = None):
+    def run(self, *command: str, offline: bool = False):
         drop = ("HF_", "HUGGINGFACE_", "XDG_", "TRANSFORMERS_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
         env |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, "HF_HUB_ETAG_TIMEOUT": "3"}
         env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1" if offline else "0"}
         return subprocess.run(
-            [sys.executable, *command], env=env, input=text or "", capture_output=True, text=True
+            [sys.executable, *command], env=env, input="", capture_output=True, text=True
         )
 
-    def load(self, *, download: bool = False, offline: bool = False) -> str:
-        done = self.run("-c", LOAD.format(name=NAME, download=download), offline=offline)
+    def script(self, code: str, *, offline: bool = False) -> list[str]:
+        """Run some code after `START`; return what its loads printed."""
+        paths = {"home": str(self.home), "kept": str(self.kept), "files": str(self.files)}
+        done = self.run("-c", START.format(name=NAME, **paths) + code, offline=offline)
         assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        return done.stdout.splitlines()
 
 
 @pytest.fixture
 def machine(tmp_path, hub):
-    return Machine(tmp_path / "home", hub.url)
+    return Machine(tmp_path / "home", hub)
 
 
 def test_first_use_fetches_and_second_is_offline(machine, hub):
-    refused = machine.load()
+    (refused,) = machine.script("load()")
     assert refused.startswith("REFUSED")
-    assert "2.7 GB" in refused
-    assert "download=True" in refused
-    assert "--yes" in refused
-    assert not any("GET" in line for line in hub.asked)
-
-    assert machine.load(download=True) == f"LOADED {COMMIT} 40"
+    for part in ("2.7 GB", "download=True", "--yes"):
+        assert part in refused
+    assert not any("/resolve/" in line for line in hub.asked)
+    assert machine.script("load(True)") == [LOADED]
     record = json.loads((machine.kept / "record.json").read_text())
     assert record["commit"] == COMMIT
+    for name, digest in record["files"].items():
+        assert digest == hashlib.sha256((hub.folder / name).read_bytes()).hexdigest()
     assert set(record["files"]) == {"best_model.pt", "img_norm.npz"}
-    assert all(len(digest) == 64 for digest in record["files"].values())
-
     hub.asked.clear()
-    assert machine.load(offline=True) == f"LOADED {COMMIT} 40"
-    assert machine.load() == f"LOADED {COMMIT} 40"
+    assert machine.script("load(); load(True)", offline=True) == [LOADED] * 2
     assert hub.asked == []
 
 
-def test_a_changed_file_behind_the_same_commit_is_refused(machine, hub):
-    machine.load(download=True)
-    shutil.rmtree(machine.home / "hub")
-    shutil.rmtree(machine.kept / "model")
-    path = hub.folder / "img_norm.npz"
-    original = path.read_bytes()
-    np.savez(path, mean=np.zeros(40), std=np.ones(40))
-    refused = machine.load(download=True)
-    assert refused.startswith("REFUSED")
-    assert "['img_norm.npz']" in refused
-    assert COMMIT in refused
-    assert str(machine.kept) in refused
-    assert not (machine.kept / "model").exists()
-    shutil.rmtree(machine.home / "hub")
-    path.write_bytes(original)
-    assert machine.load(download=True) == f"LOADED {COMMIT} 40"
+def test_what_has_changed_is_refused(machine):
+    """Behind the same commit, and among what was converted."""
+    first, changed, mended, spoiled, again = machine.script(
+        """
+load(True)
+shutil.rmtree(HUB)
+shutil.rmtree(KEPT / "model")
+path = FILES / "img_norm.npz"
+original = path.read_bytes()
+np.savez(path, mean=np.zeros(40), std=np.ones(40))
+load(True)
+assert not (KEPT / "model").exists()
+shutil.rmtree(HUB)
+path.write_bytes(original)
+load(True)
+weights = KEPT / "model" / "model.safetensors"
+data = bytearray(weights.read_bytes())
+data[-1] ^= 1
+weights.write_bytes(data)
+load()
+shutil.rmtree(KEPT / "model")
+load()
+"""
+    )
+    assert first == mended == again == LOADED
+    assert changed.startswith(f"REFUSED {REPO}: ['img_norm.npz'] at commit {COMMIT} are not")
+    assert str(machine.kept) in changed
+    assert "is not what was converted there" in spoiled
 
 
 def test_a_newer_commit_is_not_taken_unasked(machine, hub):
-    machine.load(download=True)
-    shutil.rmtree(machine.kept / "model")
-    hub.commit = "d" * 40
-    assert machine.load(download=True) == f"LOADED {COMMIT} 40"  # from the cache of the first
-
-
-def test_what_is_cached_is_taken_without_asking_and_without_the_network(machine, hub):
-    """Neither may a newer commit be downloaded where no download was allowed."""
-    machine.load(download=True)
-    shutil.rmtree(machine.kept)
+    """Nor is anything downloaded where that was not allowed."""
+    assert machine.script("load(True)") == [LOADED]
     hub.commit = "d" * 40
     hub.asked.clear()
-    assert machine.load() == f"LOADED {COMMIT} 40"
-    assert hub.asked == []
+    code = "shutil.rmtree(KEPT / 'model'); load(True); shutil.rmtree(KEPT); load()"
+    assert machine.script(code) == [LOADED] * 2
+    assert not any("d" * 40 in line or "main" in line for line in hub.asked)
 
 
-def test_converted_weights_that_have_changed_are_refused(machine):
-    machine.load(download=True)
-    weights = machine.kept / "model" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    refused = machine.load()
-    assert "is not what was converted there" in refused
-    shutil.rmtree(machine.kept / "model")
-    assert machine.load() == f"LOADED {COMMIT} 40"  # what was fetched is still in the cache
-
-
-def test_no_network(tmp_path, machine, hub):
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_network(machine, hub, offline):
     hub.shutdown()
     hub.server_close()
-    for offline in (False, True):
-        refused = machine.load(download=True, offline=offline)
-        assert refused.startswith(f"REFUSED {REPO}: cannot fetch img_norm.npz from {hub.url}")
-        assert "Check the network" in refused
-        assert str(machine.home) in refused
+    (refused,) = machine.script("load(True)", offline=offline)
+    assert refused.startswith(f"REFUSED {REPO}: cannot fetch img_norm.npz from {hub.url}")
+    assert "Check the network" in refused
+    assert str(machine.home) in refused
     assert not (machine.kept / "record.json").exists()
 
 
 def test_a_file_that_is_not_there(machine, hub):
     (hub.folder / "best_model.pt").unlink()
-    assert "cannot fetch best_model.pt" in machine.load(download=True)
+    (refused,) = machine.script("load(True)")
+    assert "cannot fetch best_model.pt" in refused
 
 
 def test_the_command_asks_before_it_downloads(tmp_path, machine, hub):
