@@ -15,6 +15,7 @@ from scipy import sparse
 
 import phenoseq
 from phenoseq.data.simulate import CHANNELS, PIXEL_SIZE
+from phenoseq.data.source import Problem
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.inference import predictor
 from phenoseq.inference.inputs import open_inputs
@@ -327,6 +328,14 @@ def test_cells_outside_the_image_are_left_out_and_named(model, plate):
         got = go(model, replace(plate.source, obs=obs), n_samples=1)
     assert list(got.obs_names) == [i for i in obs.index if i not in lost]
     assert got.uns["phenoseq"]["skipped_cells"] == lost
+
+
+def test_fields_that_could_not_be_read_are_in_the_record(model, plate):
+    some = replace(plate.source, obs=plate.source.obs.iloc[:4])
+    source = replace(some, problems=(Problem("A03", "A03_ER.tif: truncated", 7),))
+    assert go(model, some, n_samples=1).uns["phenoseq"]["problems"] == []
+    record = go(model, source, n_samples=1).uns["phenoseq"]
+    assert record["problems"] == ["A03: A03_ER.tif: truncated"]
 
 
 @pytest.mark.parametrize("n", [0, -1])
