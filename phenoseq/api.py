@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from phenoseq._version import __version__
 from phenoseq.data.datamodule import split_of
+from phenoseq.data.readers import open_source
 from phenoseq.data.source import Source
 from phenoseq.data.splits import SplitConfig
-from phenoseq.data.store import Store
+from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError, ModelError
 from phenoseq.evaluation.report import (
     MIN_COUNTS,
@@ -28,11 +29,14 @@ from phenoseq.evaluation.report import (
     scored_genes,
 )
 from phenoseq.inference.bagged import bag_job, describe_features
+from phenoseq.inference.eightbit import EightBit
+from phenoseq.inference.extract import check_source, image_features
 from phenoseq.inference.features import open_features
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import image_job, run
 from phenoseq.inference.table import Job, predict_file, predict_table
 from phenoseq.inference.writer import check_out
+from phenoseq.models.features import FeatureExtractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
@@ -56,6 +60,8 @@ def predict(
     keep_draws: bool = False,
     sample: str | None = None,
     published_steps: bool = False,
+    eight_bit: EightBit | None = None,
+    extractor: str | Path | FeatureExtractor | None = None,
 ) -> ad.AnnData:
     """Predict the gene expression of every cell of some images, or embeddings of samples.
 
@@ -70,7 +76,8 @@ def predict(
         crops ``(n, C, H, W)`` with one cell in the middle of each, or an opened source or store.
         Where the pixel type is not that of the training images, each stain is scaled by
         percentiles of the whole source. For a model of features an AnnData of them, one row a
-        cell, or its ``.h5ad`` file, which is never read whole.
+        cell, or its ``.h5ad`` file, which is never read whole; or images, of which the features
+        are made first.
     model
         A name of the zoo, a folder, or a loaded model.
     n_samples
@@ -94,10 +101,14 @@ def predict(
     keep_draws
         Keep every draw, as ``layers["draw_0"]`` and so on; those of samples are always kept.
     sample
-        For features: the column of ``obs`` that says which sample a cell is of.
+        For a model of features: the column of ``obs`` that says which sample a cell is of.
     published_steps
-        For features: sample as the published project does, to reproduce its numbers; see
+        For a model of features: sample as the published project does, to reproduce its numbers; see
         :meth:`phenoseq.models.published.PublishedPhenoSeq.generate`.
+    eight_bit, extractor
+        For a model of features and a source of images: how pixels become 8 bits, see
+        :func:`phenoseq.inference.extract.image_features`; and the network that makes the features,
+        or the file of its weights, by default where torchvision keeps them.
 
     Returns
     -------
@@ -120,7 +131,8 @@ def predict(
     - ``layers["draw_0"]`` and so on the draws, float32; ``X`` is the first, nothing is averaged;
     - ``obs`` the sample, its ``Metadata_*`` that are the same for all its cells, ``n_cells`` and
       ``cells`` (JSON lists of ids) of the bag's own, ``filled`` and ``filled_with`` for a bag that
-      was short, ``ood_score`` (1 for features that spread like the training ones);
+      was short, ``n_cut_by_border`` of its own cells where images were given, ``ood_score`` (1 for
+      features that spread like the training ones);
     - ``uns["phenoseq"]`` how it was made, and where the weights came from.
 
     Raises
@@ -134,11 +146,25 @@ def predict(
     name = str(model) if isinstance(model, str | Path) else ""
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if isinstance(loaded, PublishedPhenoSeq):
-        given = {"channels": channels, "pixel_size": pixel_size, "cells": cells}
-        _refuse(given, "a model of imaging features")
+        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
         how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
-        return _predict_bags(source, loaded, sample, path, published_steps=published_steps, **how)
-    _refuse({"sample": sample, "published_steps": published_steps or None}, "a model of images")
+        how["published_steps"] = published_steps
+        if isinstance(source, ad.AnnData) or _is_h5ad(source):
+            given = {"pixel_size": pixel_size, "eight_bit": eight_bit, "extractor": extractor}
+            _refuse(given, "a table of features")
+        else:
+            source = _features_of(
+                source,
+                loaded,
+                sample,
+                pixel_size=pixel_size,
+                eight_bit=eight_bit,
+                extractor=extractor,
+                device=device,
+            )
+        return _predict_bags(source, loaded, sample, path, **how)
+    given = {"sample": sample, "published_steps": published_steps or None}
+    _refuse(given | {"eight_bit": eight_bit, "extractor": extractor}, "a model of images")
     if isinstance(source, ad.AnnData) or _is_h5ad(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
@@ -172,12 +198,6 @@ def _do(job: Job, path: Path | None) -> ad.AnnData:
 def _predict_bags(
     source: Any, model: PublishedPhenoSeq, sample: str | None, path: Path | None, **how: Any
 ) -> ad.AnnData:
-    if not isinstance(source, ad.AnnData) and not _is_h5ad(source):
-        raise DataError(
-            f"{_called(source)}: this model reads no images, but imaging features of cells: give "
-            f"an AnnData, or a .h5ad file, of {model.config.sizes.features} features a cell: "
-            f"{describe_features(model)}"
-        )
     with open_features(source) as (features, where):
         if sample is None:
             raise DataError(
@@ -185,6 +205,45 @@ def _predict_bags(
                 f"obs, one of {[str(column) for column in features.obs.columns][:20]}"
             )
         return _do(bag_job(model, features, sample, where=where, **how), path)
+
+
+def _features_of(
+    source: Any,
+    model: PublishedPhenoSeq,
+    sample: str | None,
+    *,
+    pixel_size: float | None,
+    eight_bit: EightBit | None,
+    extractor: str | Path | FeatureExtractor | None,
+    device: str,
+) -> ad.AnnData:
+    """Make the features that a model reads from images and positions of cells."""
+    if not isinstance(source, str | Path | Source) or is_store(str(source)):
+        raise DataError(
+            f"{_called(source)}: this model reads imaging features of cells: give a folder of "
+            f"images and positions, or a table of {model.config.sizes.features} features a cell: "
+            f"{describe_features(model)}"
+        )
+    if not isinstance(source, Source):
+        source = open_source(source, pixel_size=pixel_size)
+    if sample is None:
+        raise DataError(
+            f"{source.name}: say which sample each cell is of: sample= (--sample) names a column "
+            f"of obs, one of {[str(c) for c in source.obs if str(c).startswith('Metadata_')]}"
+        )
+    check_source(source, model.config.features.channels, eight_bit=eight_bit, sample=sample)
+    if not isinstance(extractor, FeatureExtractor):
+        extractor = load_extractor(weights=extractor)
+    made, size = extractor.config.n_features, model.config.sizes.features
+    if extractor.config.channels != model.config.features.channels or made != size:
+        raise ModelError(
+            f"{extractor.config.name}: makes {made} features of {list(extractor.config.channels)}, "
+            f"the model reads {size}: {describe_features(model)}"
+        )
+    with bar("making features") as progress:
+        return image_features(
+            source, extractor, eight_bit=eight_bit, sample=sample, device=device, progress=progress
+        )
 
 
 def _refuse(given: dict[str, Any], kind: str) -> None:

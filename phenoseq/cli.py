@@ -15,6 +15,11 @@ from phenoseq.errors import PhenoseqError, PhenoseqWarning
 if TYPE_CHECKING:
     from phenoseq.data.source import Source
 
+EIGHT_BIT = (
+    "for features: how pixels become 8 bits, where they are not: by the full range of their type, "
+    "or each stain by its 99.9th percentile"
+)
+EXTRACTOR = "for features: file of torchvision's vit_l_16 (.pth, .safetensors)"
 FORMAT = "layout of the source (found out by itself)"
 
 
@@ -69,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--channels", help="stains of an array, in order, comma-separated")
     predict.add_argument("--pixel-size", type=float, help="um a pixel, of an array or a folder")
     predict.add_argument("--keep-draws", action="store_true", help="keep every draw, as a layer")
-    predict.add_argument("--sample", help="column of obs that tells the samples of features apart")
+    predict.add_argument("--sample", help="column of obs that tells samples apart (for embeddings)")
+    predict.add_argument("--eight-bit", choices=["full", "percentile"], help=EIGHT_BIT)
+    predict.add_argument("--extractor", help=EXTRACTOR)
     predict.add_argument(
         "--published-steps",
         action="store_true",
@@ -91,13 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument(
         "--crop-pixel-size", type=float, help="um a pixel of the crops (as the images)"
     )
-    features.add_argument(
-        "--eight-bit",
-        choices=["full", "percentile"],
-        help="how pixels become 8 bits, where they are not: by the full range of their type, or "
-        "each stain by its 99.9th percentile",
-    )
-    features.add_argument("--weights", help="file of torchvision's vit_l_16 (.pth, .safetensors)")
+    features.add_argument("--eight-bit", choices=["full", "percentile"], help=EIGHT_BIT)
+    features.add_argument("--extractor", help=EXTRACTOR)
     features.add_argument("--yes", action="store_true", help="download these weights if need be")
     features.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     features.set_defaults(run=_features)
@@ -214,6 +216,11 @@ def _predict(options: argparse.Namespace) -> int:
         source = _load_array(Path(source))
         channels = options.channels.split(",") if options.channels else None
     _fetch(options.model, yes=options.yes)
+    extractor = options.extractor
+    if options.yes and options.sample and not extractor and Path(source).suffix != ".h5ad":
+        from phenoseq.models.features import load_extractor
+
+        extractor = load_extractor(yes=True)
     result = predict(
         source,
         model=options.model,
@@ -228,6 +235,8 @@ def _predict(options: argparse.Namespace) -> int:
         keep_draws=options.keep_draws,
         sample=options.sample,
         published_steps=options.published_steps,
+        eight_bit=options.eight_bit,
+        extractor=extractor,
     )
     if result.uns["phenoseq"]["pairing"] == "sample":
         kind = result.uns["phenoseq"]["embedding"]
@@ -265,7 +274,7 @@ def _features(options: argparse.Namespace) -> int:
     out = check_out(options.out)
     source = _open(options)
     check_source(source, VIT_L_16.channels, eight_bit=options.eight_bit)
-    extractor = load_extractor(weights=options.weights, yes=options.yes)
+    extractor = load_extractor(weights=options.extractor, yes=options.yes)
     with bar("making features") as progress:
         result = image_features(
             source,

@@ -120,6 +120,9 @@ def bag_job(
         **_sampling(model, steps, published_steps),
         "origin": asdict(config.origin),
     }
+    made = features.uns.get("phenoseq")
+    if isinstance(made, dict):  # by image_features: what it was made of, and how
+        record["features"] = made
     obs = _obs(features, bags, sample)
     return Job(
         fields=(
@@ -187,6 +190,11 @@ def _obs(features: ad.AnnData, bags: Bags, sample: str) -> pd.DataFrame:
     obs.insert(0, sample, bags.samples)
     obs["n_cells"] = bags.n_cells
     obs["filled"] = bags.n_cells < bags.rows.shape[1]
+    if "cut_by_border" in features.obs:
+        cut = features.obs["cut_by_border"].to_numpy(bool)
+        obs["n_cut_by_border"] = [
+            int(cut[rows[:own]].sum()) for rows, own in zip(bags.rows, bags.n_cells, strict=True)
+        ]
     pairs = list(zip(bags.rows, bags.n_cells, strict=True))
     obs["cells"] = [json.dumps(ids[rows[:own]].tolist()) for rows, own in pairs]
     obs["filled_with"] = [json.dumps(ids[rows[own:]].tolist()) for rows, own in pairs]

@@ -265,14 +265,22 @@ def test_features_of_another_scale_are_warned_of(network, table):
 
 
 def test_a_model_of_features_says_what_it_reads(network, xenium_folder, plate):
-    for source in (xenium_folder().path, plate.source, np.zeros((2, 3, 8, 8))):
-        with pytest.raises(DataError, match=r"reads no images.*20 features a cell: vit_l_16"):
+    for source, message in (
+        (np.zeros((2, 3, 8, 8)), r"reads imaging features.*20 features a cell: vit_l_16"),
+        (xenium_folder().path, r"lacks the stain\(s\) \['RNA'"),
+        (plate.source, "its cells have no 'Sample_ID'"),
+    ):
+        with pytest.raises(DataError, match=message):
             phenoseq.predict(source, model=network, sample="Sample_ID")
+    with pytest.raises(DataError, match=r"say which sample.*Metadata_Well"):
+        phenoseq.predict(plate.source, model=network)
 
 
 def test_options_that_mean_nothing_are_refused(network, model, table, plate):
     with pytest.raises(DataError, match="'channels' has no meaning for a model of imaging feat"):
         phenoseq.predict(table, model=network, sample="Sample_ID", channels=["DNA"])
+    with pytest.raises(DataError, match="'eight_bit' has no meaning for a table of features"):
+        phenoseq.predict(table, model=network, sample="Sample_ID", eight_bit="full")
     with pytest.raises(DataError, match="'sample' has no meaning for a model of images"):
         phenoseq.predict(plate.source, model=model, sample="Sample_ID")
 

@@ -264,9 +264,10 @@ def test_field_damaged_inside_is_left_out_and_recorded(noisy, extractor, eight_b
         image_features(source, extractor, eight_bit=eight_bit, device="cpu")
 
 
-def test_fields_that_the_reader_left_out_stay_recorded(noisy, extractor):
+def test_fields_that_the_reader_left_out_stay_recorded(noisy, extractor, monkeypatch):
     fake, _ = noisy()
     fake.images["P1_B03_2", "ER"].unlink()
+    monkeypatch.setattr("phenoseq.data.source.MAX_PROBLEMS", 0.5)
     with pytest.warns(PhenoseqWarning, match="1 of 3 fields"):
         source = open_source(fake.path, pixel_size=0.5)
     (why,) = image_features(source, extractor, device="cpu").uns["phenoseq"]["problems"]
@@ -320,7 +321,7 @@ def test_command(noisy, extractor, small_model, tmp_path, capsys):
     fake, source = noisy("uint16")
     out = tmp_path / "features.h5ad"
     args = ["features", str(fake.path), "-o", str(out), "--pixel-size", "0.5", "--device", "cpu"]
-    args += ["--weights", str(small_model)]
+    args += ["--extractor", str(small_model)]
     assert main(args) == 1
     assert "--eight-bit full" in capsys.readouterr().err
     assert not out.exists()

@@ -177,3 +177,39 @@ def test_the_command_asks_before_it_downloads(tmp_path, machine, hub):
     assert "2 bags, scGPT embeddings of 16 numbers" in done.stdout
     origin = ad.read_h5ad(tmp_path / "o.h5ad").uns["phenoseq"]["origin"]
     assert (origin["repo"], origin["commit"], origin["weights"]) == (REPO, COMMIT, "ema")
+
+
+ROAD = """
+import torch
+from torchvision.models import VisionTransformer
+from phenoseq.models.features import FeatureConfig, FeatureExtractor
+stains = ("DNA", "RNA", "AGP", "Mito", "ER")
+sizes = dict(patch_size=32, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16, image_size=224)
+torch.manual_seed(0)
+vit = VisionTransformer(**sizes)
+small = FeatureExtractor(FeatureConfig("small", stains, **sizes), vit.state_dict(), "0" * 64)
+load(True)
+phenoseq.predict({folder!r}, model={name!r}, sample="Metadata_Well", pixel_size=0.598,
+                 eight_bit="full", extractor=small, n_samples=3, steps=4, device="cpu", out={out!r})
+"""
+
+
+def test_from_real_images_to_embeddings(tmp_path, machine, shared_data):
+    """Five stains of one field, by the names in its table; a small random network of features."""
+    folder = shared_data / "cell_painting" / "pediatric"
+    out = tmp_path / "o.h5ad"
+    assert machine.script(ROAD.format(folder=str(folder), name=NAME, out=str(out))) == [LOADED]
+    made = ad.read_h5ad(out)
+    assert made.shape == (1, 16)
+    (bag,) = made.obs.itertuples()
+    assert (bag.Metadata_Well, bag.n_cells, bag.n_cut_by_border, bag.filled) == ("C03", 5, 5, True)
+    assert len(json.loads(bag.cells)) == 5
+    assert len(json.loads(bag.filled_with)) == 11
+    draws = [made.layers[f"draw_{k}"] for k in range(3)]
+    np.testing.assert_array_equal(made.X, draws[0])
+    assert np.isfinite(draws).all()
+    assert np.abs(draws[0] - draws[1]).max() > 0.1
+    how = made.uns["phenoseq"]
+    assert (how["model"], how["pairing"]) == (NAME, "sample")
+    assert how["features"]["eight_bit"] == "full"
+    assert how["features"]["crop_pixel_size"] == 0.598
