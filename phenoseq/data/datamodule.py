@@ -58,6 +58,8 @@ class StoreDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.max_val = max_val
+        self._training: StreamLoader | None = None
+        self._restored: dict[str, int] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Open the store and divide its cells; raises :class:`~phenoseq.errors.DataError`."""
@@ -75,7 +77,23 @@ class StoreDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Return shuffled training batches; each pass is the next epoch."""
-        return StreamLoader(self._stream(self.parts.rows("train"), shuffle=True), **self._reading)
+        stream = self._stream(self.parts.rows("train"), shuffle=True)
+        self._training = StreamLoader(stream, **self._reading)
+        if self._restored:
+            self._training.load_state_dict(self._restored)
+        return self._training
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where training is in which epoch, for a checkpoint."""
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let training go on where a checkpoint was made.
+
+        Lightning would give the state to the loader itself, but not where the number of steps was
+        asked for before.
+        """
+        self._restored = state_dict
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches, always the same cells in the same order."""
