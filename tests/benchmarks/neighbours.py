@@ -43,7 +43,8 @@ def main(path: str) -> None:
     pca = PCA(COMPONENTS, random_state=0).fit(halves["known"][0])
     reference = ad.AnnData(halves["known"][1])
     reference.obsm["pca"] = pca.transform(halves["known"][0])
-    queries, truth = ad.AnnData(pca.transform(halves["new"][0])), halves["new"][1][:, genes]
+    queries = ad.AnnData(pca.transform(halves["new"][0]))
+    truth = halves["new"][1][:, genes]
     print(
         f"{len(known):,} reference cells, {len(new):,} cells of validation blocks, {genes.sum()} genes"
     )
