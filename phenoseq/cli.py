@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a model beside the baselines")
     evaluate.add_argument("--model", required=True, help="name in the zoo, or folder")
     evaluate.add_argument("--store", required=True, help="prepared store")
-    evaluate.add_argument("--split", default="test", choices=["test", "cal", "val"])
+    evaluate.add_argument("--split", default="test", help="test, cal, val, test_NAME (%(default)s)")
     evaluate.add_argument("-o", "--out", help="folder for metrics.json, metrics.md, genes.csv")
     _add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate)
