@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,8 +19,8 @@ from phenoseq.errors import DataError
 from phenoseq.genes import GeneMatch, genes_of, match_genes, merged_genes
 
 Given: TypeAlias = ad.AnnData | str | Path
-#: Bytes that are read at a time at least, where the file is not in chunks.
-_READ = 1 << 16
+#: Bytes that are read at a time at least, where the file is not in chunks, and most rows of it.
+_READ, _RUN = 1 << 16, 256
 
 
 class Matrix:
@@ -60,16 +60,22 @@ class Matrix:
         """
         order = np.argsort(rows, kind="stable")
         part = np.searchsorted(self._starts, rows[order], side="right") - 1
-        found = []
-        for i, (one, start) in enumerate(zip(self._parts, self._starts, strict=False)):
-            some = rows[order[part == i]] - start
-            if len(some):
-                found.append(one.take(some))
+        if not self.sparse:
+            out = np.empty((len(rows), self.shape[1]), dtype=np.float32)
+            for i, one in enumerate(self._parts):
+                place = order[part == i]
+                for found in one.runs(rows[place] - self._starts[i]):
+                    out[place[: len(found)]] = found
+                    place = place[len(found) :]
+            return out
+        blocks = [
+            sparse.csr_matrix(found)
+            for i, one in enumerate(self._parts)
+            for found in one.runs(rows[order[part == i]] - self._starts[i])
+        ]
         back = np.empty(len(rows), dtype=np.int64)
         back[order] = np.arange(len(rows))
-        if self.sparse:
-            return sparse.vstack([sparse.csr_matrix(f) for f in found], format="csr")[back]
-        return np.concatenate(found)[back]
+        return sparse.vstack(blocks, format="csr")[back]
 
 
 class Cells:
@@ -308,30 +314,27 @@ class _Part:
             "as an array or as scipy.sparse.csr_matrix"
         )
 
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | sparse.csr_matrix:
-        """Return rows, which rise."""
-        if self._kind == "in memory":
-            return self._chosen(self._node[rows].astype(np.float32))
-        found = []
-        place = rows // self._step
-        new = (np.diff(place) > 0) & ((np.diff(rows) > 1) | (self._step > 1))
+    def runs(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.float32] | sparse.csr_matrix]:
+        """Yield rows, which rise, some at a time."""
+        new = np.diff(rows // self._step) > 0
+        if self._step == 1:
+            new &= (np.diff(rows) > 1) | (np.diff(rows // _RUN) > 0)
         try:
             for run in np.split(rows, np.flatnonzero(new) + 1):
-                start, stop = int(run[0]), int(run[-1]) + 1
-                found.append(self._chosen(self._block(start, stop)[run - start]))
+                if not len(run):
+                    continue
+                block = self._block(int(run[0]), int(run[-1]) + 1)[run - run[0]]
+                yield block if self._columns is None else block[:, self._columns]
         except OSError as error:
             raise DataError(f"{self.where}: cannot be read ({error}); copy it again") from error
-        return sparse.vstack(found, format="csr") if self.sparse else np.concatenate(found)
 
     def _block(self, start: int, stop: int) -> NDArray[np.float32] | sparse.csr_matrix:
         if self._indptr is None:
-            return np.asarray(self._node[start:stop]).astype(np.float32, copy=False)
+            block = self._node[start:stop]
+            return (block if self.sparse else np.asarray(block)).astype(np.float32)
         ends = self._indptr[start : stop + 1].astype(np.int64)
         data, indices = (self._node[name][ends[0] : ends[-1]] for name in ("data", "indices"))
         return sparse.csr_matrix(
             (np.asarray(data).astype(np.float32), np.asarray(indices), ends - ends[0]),
             shape=(stop - start, self._full),
         )
-
-    def _chosen(self, block: Any) -> Any:
-        return block if self._columns is None else block[:, self._columns]

@@ -20,7 +20,7 @@ from phenoseq.genes import GeneMatch
 
 Rows = NDArray[np.int64]
 #: Bytes of a matrix that are in memory at a time while it is read through.
-BUDGET = 1 << 30
+BUDGET = 1 << 29
 #: Two distances (micrometres) that differ by less are a tie.
 _TIE = 1e-6
 _JOIN = "|"

@@ -371,10 +371,11 @@ def _copy(
         reason = check(block)
         why[some] = reason
         good = reason == ""
-        block = block[good]
+        block = block if good.all() else block[good]
         writer.add(block)
         kept.append(some[good])
-        for array in (block.indices, block.data) if sparse.issparse(block) else (block,):
+        parts = (block,) if isinstance(block, np.ndarray) else (block.indices, block.data)
+        for array in parts:
             digest.update(np.ascontiguousarray(array).data)
         done += len(some)
         if progress is not None:

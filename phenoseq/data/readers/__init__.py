@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phenoseq.data.readers import xenium
+from phenoseq.data.readers import scgenescope, xenium
 from phenoseq.data.readers.cells import read_cells
+from phenoseq.data.readers.scgenescope import read_scgenescope
 from phenoseq.data.readers.xenium import read_xenium
 from phenoseq.data.source import Source
 from phenoseq.errors import DataError
 
-__all__ = ["READERS", "Reader", "find_reader", "open_source", "read_cells", "read_xenium"]
+__all__ = [
+    "READERS",
+    "Reader",
+    "find_reader",
+    "open_source",
+    "read_cells",
+    "read_scgenescope",
+    "read_xenium",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,12 @@ READERS: tuple[Reader, ...] = (
         "Xenium output folder: 'cells.parquet' (or 'cells.csv.gz') and 'morphology_focus'",
         xenium.detect,
         read_xenium,
+    ),
+    Reader(
+        "scgenescope",
+        "scGeneScope's crops: an HDF5 file with a data frame 'manifest', and zip files of TIFF",
+        scgenescope.detect,
+        read_scgenescope,
     ),
 )
 
