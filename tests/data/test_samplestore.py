@@ -6,7 +6,7 @@ import json
 import shutil
 import tracemalloc
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import anndata as ad
 import numpy as np
@@ -21,6 +21,7 @@ from phenoseq.data import store as store_module
 from phenoseq.data.backed import Cells
 from phenoseq.data.samplestore import SampleManifest, SampleStore
 from phenoseq.data.samplewriter import RnaConfig, write_sample_store
+from phenoseq.data.source import Problem
 from phenoseq.data.splits import UNASSIGNED, SplitConfig
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError
@@ -297,6 +298,15 @@ def test_bad_rna_config():
         RnaConfig(embedding="scGPT", layer="counts")
     with pytest.raises(DataError, match="cannot be stored"):
         RnaConfig(embedding="a/b")
+
+
+def test_problems_of_the_images_are_in_the_manifest(tmp_path, ramp_source, rna):
+    problem = Problem("A03", "A03_ER.tif: truncated", 7)
+    source = replace(ramp_source(), problems=(problem,))
+    source.obs["Treatment"], source.obs["Replicate"] = "DMSO", 3
+    other = Cells(rna(replicates="3"))
+    store = written(tmp_path / "s.zarr", source, other, pixel_size=0.5, crop_px=8)
+    assert store.manifest.problems == (asdict(problem),)
 
 
 # ---------------------------------------------------------------------------------- command line

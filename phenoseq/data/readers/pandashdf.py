@@ -36,6 +36,15 @@ class _Plain(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
+def has_key(path: str | Path, key: str) -> bool:
+    """Tell whether a file is HDF5 and has something by that name."""
+    try:
+        with h5py.File(path) as file:
+            return key in file
+    except OSError:
+        return False
+
+
 def read_pandas_hdf(path: str | Path, key: str) -> pd.DataFrame:
     """Read the data frame that ``DataFrame.to_hdf(path, key=key)`` wrote; its index is not read.
 

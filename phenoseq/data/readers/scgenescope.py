@@ -19,7 +19,7 @@ import pandas as pd
 import tifffile
 from numpy.typing import NDArray
 
-from phenoseq.data.readers.pandashdf import read_pandas_hdf
+from phenoseq.data.readers.pandashdf import has_key, read_pandas_hdf
 from phenoseq.data.source import FieldImage, Level, Source
 from phenoseq.data.splits import SplitConfig
 from phenoseq.errors import DataError, PhenoseqWarning
@@ -38,8 +38,9 @@ _OPEN = 4
 
 def detect(folder: Path) -> str | None:
     """Return what makes ``folder`` look like scGeneScope's crops, or None."""
-    if _manifests(folder) and any(folder.rglob("*.zip")):
-        return f"it has {_manifests(folder)[0].name!r} and zip files"
+    found = [path for path in _manifests(folder) if has_key(path, "manifest")]
+    if found and any(folder.rglob("*.zip")):
+        return f"{found[0].name!r} holds a manifest, and it has zip files"
     return None
 
 

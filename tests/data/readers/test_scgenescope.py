@@ -16,7 +16,7 @@ from phenoseq.data.backed import Cells
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import find_reader, open_source
 from phenoseq.data.readers.pandashdf import read_pandas_hdf
-from phenoseq.data.readers.scgenescope import CHANNELS, PROTOCOL, read_scgenescope
+from phenoseq.data.readers.scgenescope import CHANNELS, PROTOCOL, detect, read_scgenescope
 from phenoseq.data.samplewriter import RnaConfig, write_sample_store
 from phenoseq.errors import DataError
 
@@ -123,6 +123,16 @@ def test_crops(folder):
     for cell in range(20):
         expected = np.stack([pixels(cell, k) for k in range(5)])
         np.testing.assert_array_equal(seen[cell], expected)
+
+
+def test_other_hdf5_beside_zip_files_is_another_layout(folder):
+    (folder / "manifest.h5").write_bytes(b"no HDF5")
+    assert detect(folder) is None
+    with h5py.File(folder / "counts.h5", "w") as file:
+        file["matrix"] = [1]
+    assert detect(folder) is None
+    write_fixed(folder / "x.h5", pd.DataFrame({"cell_id": ["a"]}))
+    assert "x.h5" in detect(folder)
 
 
 def test_crops_become_a_store(folder, rna):
