@@ -281,7 +281,7 @@ def evaluate(
     store
         The store; where it is of the model's training data, the split must come out the same.
     part
-        ``"test"``, ``"cal"`` or ``"val"``.
+        ``"test"``, ``"cal"``, ``"val"``, or a declared ``"test_NAME"``.
     n_samples, steps, seed, device
         As for :func:`phenoseq.predict`.
     out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -86,3 +87,127 @@ def align_genes(have: Sequence[str], want: Sequence[str], where: str) -> Alignme
         want=np.flatnonzero(found).astype(np.int64),
         missing=[gene for gene, ok in zip(want, found, strict=True) if not ok],
     )
+
+
+#: Columns of ``var`` in which files keep Ensembl ids, and symbols, in the order they are tried.
+_ID_COLUMNS = ("gene_ids", "gene_id", "ensembl", "ensembl_id", "ensembl_gene_id", "feature_id")
+_SYMBOL_COLUMNS = ("symbol", "gene_symbols", "gene_symbol", "gene_name", "feature_name")
+
+
+def genes_of(var: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the genes of an AnnData's ``var`` as :func:`gene_table` does.
+
+    Ids are its index where that holds Ensembl ids, else a column such as ``gene_ids``; symbols a
+    column such as ``gene_name``, else the index. A gene without an id goes by its symbol: phenoseq
+    has no table of symbols of its own.
+    """
+    names = pd.Series(var.index.astype(str), dtype=object)
+    ids, symbols = (_column(var, columns) for columns in (_ID_COLUMNS, _SYMBOL_COLUMNS))
+    ids = names.where(names.str.match(_ENSEMBL), "" if ids is None else ids)
+    return gene_table(list(ids), list(names if symbols is None else symbols), where)
+
+
+def read_gene_list(path: str | Path) -> pd.DataFrame:
+    """Read a text file of Ensembl ids or symbols, one a line, as :func:`gene_table` does."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable list of genes ({error})") from error
+    names = pd.Series([line for line in lines if line], dtype=object)
+    if not len(names):
+        raise DataError(f"{path}: an empty list of genes; write one id or symbol a line")
+    return gene_table(list(names), list(names), str(path))
+
+
+def _column(var: pd.DataFrame, names: Sequence[str]) -> pd.Series | None:
+    found = next((name for name in names if name in var), None)
+    if found is None:
+        return None
+    return var[found].astype(object).fillna("").astype(str).reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """How the genes of two tables match.
+
+    Attributes
+    ----------
+    have, want
+        Positions of the shared genes in each, int64, of equal length; ``want`` rises.
+    by_symbol
+        How many of them match by symbol alone.
+    missing
+        Symbols of the genes wanted that are not there.
+    """
+
+    have: NDArray[np.int64]
+    want: NDArray[np.int64]
+    by_symbol: int
+    missing: list[str]
+
+    def __str__(self) -> str:
+        """Tell in a line how many match."""
+        n, total = len(self.want), len(self.want) + len(self.missing)
+        text = f"{n:,} of {total:,} genes matched, {self.by_symbol:,} of them by symbol"
+        return text + (f"; missing are {', '.join(self.missing[:5])}" if self.missing else "")
+
+
+def match_genes(
+    have: pd.DataFrame, want: pd.DataFrame, where: str, *, min_share: float = 0.5
+) -> GeneMatch:
+    """Match two gene tables by id, and those genes left by symbol where it is no one else's.
+
+    Parameters
+    ----------
+    have, want
+        Tables as :func:`gene_table` returns them.
+    where
+        What ``have`` is called in an error.
+    min_share
+        Least share of the genes wanted that must be there.
+
+    Raises
+    ------
+    DataError
+        Where fewer are.
+    """
+    place = have.index.get_indexer(want.index)
+    taken = np.zeros(len(have), dtype=bool)
+    taken[place[place >= 0]] = True
+    left = np.flatnonzero(place < 0)
+    # Two Ensembl ids that differ are two genes, whatever their symbols.
+    named = np.asarray(have.index.str.match(_ENSEMBL), dtype=bool)
+    also = np.asarray(want.index.str.match(_ENSEMBL), dtype=bool)
+    symbols = pd.Index(have["symbol"])
+    clear = np.flatnonzero(~symbols.duplicated(keep=False) & ~taken)
+    twice = want["symbol"].duplicated(keep=False).to_numpy()
+    at = pd.Index(symbols[clear]).get_indexer(want["symbol"].iloc[left])
+    found = np.where(at >= 0, clear[at] if len(clear) else -1, -1)
+    found[twice[left] | ((found >= 0) & named[found] & also[left])] = -1
+    place[left] = found
+    there = place >= 0
+    match = GeneMatch(
+        have=place[there].astype(np.int64),
+        want=np.flatnonzero(there).astype(np.int64),
+        by_symbol=int((found >= 0).sum()),
+        missing=list(want["symbol"][~there]),
+    )
+    if there.sum() < min_share * len(want) or not there.any():
+        raise DataError(
+            f"{where}: only {match} (it has genes such as {list(have.index[:3])}, wanted are such "
+            f"as {list(want.index[:3])}), and at least {min_share:.0%} must be there; are both of "
+            "one species, and by Ensembl id or symbol?"
+        )
+    return match
+
+
+def merged_genes(have: pd.DataFrame, want: pd.DataFrame, match: GeneMatch) -> pd.DataFrame:
+    """Return the table of the matched genes, in the order of ``want``.
+
+    Each goes by the id wanted, or by the id it has where only that is an Ensembl id.
+    """
+    theirs, ours = have.iloc[match.have], want.iloc[match.want]
+    better = theirs.index.str.match(_ENSEMBL) & ~ours.index.str.match(_ENSEMBL)
+    ids = np.where(better, theirs.index, ours.index)
+    symbols = np.where(better, theirs["symbol"], ours["symbol"])
+    return gene_table(list(ids), list(symbols), "genes matched")

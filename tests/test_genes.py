@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from phenoseq.errors import DataError
-from phenoseq.genes import align_genes, gene_table, without_ensembl
+from phenoseq.genes import (
+    align_genes,
+    gene_table,
+    genes_of,
+    match_genes,
+    merged_genes,
+    read_gene_list,
+    without_ensembl,
+)
+
+ID = "ENSG%011d"
 
 P53, ACTB, MOUSE = "ENSG00000141510", "ENSG00000075624", "ENSMUSG00000059552"
 
@@ -78,3 +89,57 @@ def test_align_of_equal_vocabularies():
 def test_align_of_nothing_names_both_sides():
     with pytest.raises(DataError, match=r"table: none of the 2 genes.*'TP53'.*ENSG.*Ensembl id"):
         align_genes(["TP53", "ACTB"], [P53, ACTB], "table")
+
+
+# ------------------------------------------------------------------------- of AnnData, and matched
+
+
+def test_genes_of_var():
+    """Ids are the index where it has them, else a column; a gene without one goes by symbol."""
+    by_id = pd.DataFrame({"gene_name": ["A", "B"]}, index=[ID % 1 + ".7", ID % 2])
+    found = genes_of(by_id, "here")
+    assert list(found.index) == [ID % 1, ID % 2]
+    assert list(found["symbol"]) == ["A", "B"]
+    by_symbol = pd.DataFrame({"gene_ids": [ID % 1, None]}, index=["A", "B"])
+    found = genes_of(by_symbol, "here")
+    assert list(found.index) == [ID % 1, "B"]
+    assert list(found["symbol"]) == ["A", "B"]
+    with pytest.raises(DataError, match="listed more than once"):
+        genes_of(pd.DataFrame({"gene_ids": [ID % 1, ID % 1]}, index=["A", "B"]), "here")
+
+
+def test_match_by_id_then_by_symbol():
+    have = gene_table([ID % 1, ID % 2, "", ""], ["A", "B", "C", "D"], "have")
+    want = gene_table(["", ID % 4, ID % 1, ID % 9], ["B", "D", "renamed", "lost"], "want")
+    match = match_genes(have, want, "here")
+    # B by symbol; D by symbol, since only one has an id; 1 by id, though its symbol changed
+    assert match.want.tolist() == [0, 1, 2]
+    assert match.have.tolist() == [1, 3, 0]
+    assert match.by_symbol == 2
+    assert match.missing == ["lost"]
+    merged = merged_genes(have, want, match)
+    assert list(merged.index) == [ID % 2, ID % 4, ID % 1]
+
+
+def test_two_ids_are_two_genes_and_unclear_symbols_match_nothing():
+    have = gene_table([ID % 1, ID % 2, ID % 3], ["A", "B", "B"], "have")
+    want = gene_table([ID % 7, "", ""], ["A", "B", "C"], "want")
+    with pytest.raises(DataError, match=r"only 0 of 3 genes matched"):
+        match_genes(have, want, "here")
+
+
+def test_too_few_genes_match():
+    have, want = gene_table(["", ""], ["A", "B"], "h"), gene_table([""] * 3, ["A", "X", "Y"], "w")
+    with pytest.raises(DataError, match=r"here: only 1 of 3.*missing are X, Y.*at least 50%"):
+        match_genes(have, want, "here")
+    assert len(match_genes(have, want, "here", min_share=0.3).have) == 1
+
+
+def test_list_of_genes(tmp_path):
+    (tmp_path / "genes.txt").write_text(f"B\n\n{ID % 3}.2\n")
+    assert list(read_gene_list(tmp_path / "genes.txt").index) == ["B", ID % 3]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match="empty list of genes"):
+        read_gene_list(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="not a readable list"):
+        read_gene_list(tmp_path / "nowhere.txt")

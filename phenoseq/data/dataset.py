@@ -21,29 +21,27 @@ Batch = dict[str, Tensor]
 Rows = NDArray[np.int64]
 
 
-class CellStream(IterableDataset[Batch]):
-    """Batches of cells, ``{"images": (B, C, H, W), "counts": (B, g) float32, "rows": (B,)}``.
+class EpochStream(IterableDataset[Batch]):
+    """Batches of a store, every item once an epoch, divided over ranks and workers.
 
-    Shards are read in an order that depends on (seed, epoch) alone, and divided over ranks and
-    workers; cells are shuffled within a window of shards. In every epoch each cell is seen exactly
-    once, and every rank and worker gives the same number of batches, of nearly the same size, so
-    that no rank waits for another. The store is opened where it is read, so that the stream can be
-    sent to a worker; which rank this is, it asks when it is made, since a worker does not know.
+    Every rank and worker gives the same number of batches, of nearly the same size, so that no
+    rank waits for another. The store is opened where it is read, so that the stream can be sent to
+    a worker; which rank this is, it asks when it is made, since a worker does not know.
 
     Parameters
     ----------
     store
         Path of the store.
-    rows
-        Cells to stream, positions in the store.
+    items
+        Items of an epoch, and what they are called in an error.
     batch_size
-        Most cells in a batch.
+        Most items in a batch.
     shuffle
         False keeps the store's order.
     seed
         Of the order.
     window
-        Shards in memory at once, among whose cells is shuffled.
+        Shards or samples in memory at once, among whose items is shuffled.
     workers
         Processes that will read, of which the number of batches depends.
 
@@ -57,17 +55,17 @@ class CellStream(IterableDataset[Batch]):
     def __init__(
         self,
         store: str | Path,
-        rows: Rows,
+        items: tuple[int, str],
         *,
         batch_size: int,
         shuffle: bool,
-        seed: int = 0,
-        window: int = 8,
-        workers: int = 1,
+        seed: int,
+        window: int,
+        workers: int,
     ) -> None:
         super().__init__()
         self.store = Path(store)
-        self.rows = np.sort(rows)
+        self._items, self._called = items
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -82,26 +80,72 @@ class CellStream(IterableDataset[Batch]):
         Raises
         ------
         DataError
-            Where the cells are too few to give every reader a cell for each of its batches.
+            Where the items are too few to give every reader one for each of its batches.
         """
         readers = self.world * self.workers
-        most = -(-len(self.rows) // readers)
+        most = -(-self._items // readers)
         batches = -(-most // self.batch_size)
-        if len(self.rows) // readers < batches:
+        if self._items // readers < batches:
             raise DataError(
-                f"{self.store}: {len(self.rows)} cells cannot be shared by {readers} readers "
+                f"{self.store}: {self._items} {self._called} cannot be shared by {readers} readers "
                 f"(devices x workers) in batches of {self.batch_size}; use fewer readers"
                 + (" or larger batches" if self.batch_size < most else "")
             )
         return batches * self.workers
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches of this rank and worker."""
+    def _turn(self) -> tuple[int, int]:
+        """Return which of this rank's readers this is, and how many batches it has given."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, starting with the first: after a
         # restart that one must be whose turn it was.
         number = ((worker.id if worker else 0) + self.start) % self.workers
-        skip = len(range(number, self.start, self.workers))
+        return number, len(range(number, self.start, self.workers))
+
+    @property
+    def _each(self) -> int:
+        """Batches of one reader."""
+        return len(self) // self.workers
+
+
+class CellStream(EpochStream):
+    """Batches of cells, ``{"images": (B, C, H, W), "counts": (B, g) float32, "rows": (B,)}``.
+
+    Shards are read in an order that depends on (seed, epoch) alone, and divided over ranks and
+    workers; cells are shuffled within a window of shards.
+
+    Parameters
+    ----------
+    store, batch_size, shuffle, seed, window, workers
+        See :class:`EpochStream`; items are cells.
+    rows
+        Cells to stream, positions in the store.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        rows: Rows,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        window: int = 8,
+        workers: int = 1,
+    ) -> None:
+        super().__init__(
+            store,
+            (len(rows), "cells"),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            window=window,
+            workers=workers,
+        )
+        self.rows = np.sort(rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of this rank and worker."""
+        number, skip = self._turn()
         store = Store(self.store)
         rows = np.empty(0, dtype=np.int64)
         unread, images, counts = rows, store.take(rows), store.counts(rows)
@@ -141,11 +185,6 @@ class CellStream(IterableDataset[Batch]):
             sizes = sizes[ready:]
             yield fresh, batches
 
-    @property
-    def _each(self) -> int:
-        """Batches of one reader."""
-        return len(self) // self.workers
-
     def _share(self, store: Store, number: int) -> Rows:
         """Return the cells of one reader, shard by shard in the order of this epoch."""
         shards = _by_shard(self.rows, store.shard)
@@ -157,13 +196,13 @@ class CellStream(IterableDataset[Batch]):
 
 
 class StreamLoader(DataLoader[Batch]):
-    """Loads a shuffled :class:`CellStream`, one epoch after the other.
+    """Loads a shuffled :class:`EpochStream`, one epoch after the other.
 
     Its state is where it is in which epoch, so that a run that was stopped goes on with the next
     batch: Lightning keeps it in checkpoints.
     """
 
-    dataset: CellStream
+    dataset: EpochStream
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Iterate over what is left of this epoch, or over the next one."""
@@ -186,13 +225,16 @@ class StreamLoader(DataLoader[Batch]):
 
 
 def _batch(rows: Rows, images: NDArray[Any], counts: sparse.csr_matrix) -> Batch:
-    if images.dtype == np.uint16:
-        images = images.astype(np.int32)
     return {
-        "images": torch.from_numpy(images),
+        "images": as_tensor(images),
         "counts": torch.from_numpy(counts.toarray().astype(np.float32)),
         "rows": torch.from_numpy(rows),
     }
+
+
+def as_tensor(images: NDArray[Any]) -> Tensor:
+    """Return images as a tensor; torch has no arithmetic on uint16."""
+    return torch.from_numpy(images.astype(np.int32) if images.dtype == np.uint16 else images)
 
 
 def _by_shard(rows: Rows, shard: int) -> list[Rows]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +18,8 @@ Part = Literal["train", "val", "cal", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
 #: Cells left out because their crop reaches into a block of another part.
 LEFT_OUT = "margin"
+#: Cells left out because their group is in no declared part.
+UNASSIGNED = "unassigned"
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class SplitConfig:
     """How cells are divided into training, validation, calibration and test.
 
     Groups are ordered by the sha256 of their name; the lowest share is the test part, the next
-    validation, the next calibration, the rest training. Nothing is drawn, so the same groups
-    always fall into the same parts.
+    validation, the next calibration, the rest training. Or the groups of each part are declared,
+    and those of no part are left out. Nothing is drawn, so the same groups always fall into the
+    same parts.
 
     Attributes
     ----------
@@ -36,7 +39,10 @@ class SplitConfig:
         Side of a block in micrometres; only for blocks. Cells closer than half a crop to a block
         of another part are left out.
     test, val, cal
-        Shares of the groups.
+        Shares of the groups, where none are declared.
+    declared
+        Groups of each part, e.g. ``{"train": ["3"], "val": ["5"], "test": ["4"]}``. Parts are
+        ``train``, ``val``, ``cal``, ``test``, and further tests ``test_NAME``.
     """
 
     by: str = "block"
@@ -44,6 +50,7 @@ class SplitConfig:
     test: float = 0.2
     val: float = 0.1
     cal: float = 0.1
+    declared: Mapping[str, Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         shares = (self.test, self.val, self.cal)
@@ -53,6 +60,24 @@ class SplitConfig:
             raise DataError("a split by block needs 'block' in um, and only such a split has one")
         if self.block is not None and self.block <= 0:
             raise DataError(f"a block of {self.block} um is no block")
+        if self.declared is not None:
+            self._check_declared(self.declared)
+
+    def _check_declared(self, declared: Mapping[str, Sequence[str]]) -> None:
+        if self.block is not None:
+            raise DataError("parts are declared by a column; set 'by' to it, and 'block' to null")
+        bad = [part for part in declared if not _is_part(part)]
+        if bad:
+            raise DataError(f"no parts {bad}; choose from {list(PARTS)}, and 'test_NAME' for more")
+        for part, groups in declared.items():
+            if isinstance(groups, str) or not all(isinstance(group, str) for group in groups):
+                raise DataError(
+                    f"the groups of {part} must be a list of text, as in ['3'], not {groups!r}"
+                )
+        names = [group for groups in declared.values() for group in groups]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"groups {twice} are declared more than once; each is in one part")
 
 
 @dataclass(frozen=True)
@@ -62,7 +87,8 @@ class Split:
     Attributes
     ----------
     part
-        ``"train"``, ``"val"``, ``"cal"``, ``"test"`` or ``"margin"`` (left out), ``(n_obs,)``.
+        ``"train"``, ``"val"``, ``"cal"``, ``"test"`` or ``"test_NAME"``; ``"margin"`` and
+        ``"unassigned"`` are left out. ``(n_obs,)``.
     group
         Group of every cell, ``(n_obs,)``.
     digest
@@ -81,15 +107,21 @@ class Split:
         DataError
             Where the part is unknown or has no cells.
         """
-        if part not in PARTS:
+        if not _is_part(part):
             raise DataError(f"no part {part!r}; choose from {list(PARTS)}")
         rows = np.flatnonzero(self.part == part)
         if not len(rows):
             raise DataError(
                 f"the {part} part has no cells: {len(np.unique(self.group))} groups are too few "
-                "for these shares, or every cell is within half a crop of another part"
+                "for these shares, none of them is declared for it, or every cell is within half "
+                "a crop of another part"
             )
         return rows
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of cells of every part, and of those left out."""
+        names, n = np.unique(self.part, return_counts=True)
+        return dict(zip(names.tolist(), n.tolist(), strict=True))
 
 
 def make_split(
@@ -111,12 +143,13 @@ def make_split(
     Raises
     ------
     DataError
-        Where ``obs`` lacks the column, or a cell has nothing there.
+        Where ``obs`` lacks the column, a cell has nothing there, or a declared part is there only
+        in part.
     """
     if config.block is None:
         names = _column(obs, config.by)
         part_of = _assign(config, _column(occupied, config.by))
-        part = np.array([part_of[name] for name in names], dtype="<U8")
+        part = np.array([part_of[name] for name in names], dtype=str)
         return Split(part, names, _digest(config, part_of))
     named = "field" in occupied and len(occupied["field"].unique()) > 1
     names = _blocks(obs, config.block, named=named)
@@ -153,7 +186,13 @@ def _blocks(
     return np.array(names, dtype=str)
 
 
+def _is_part(name: str) -> bool:
+    return name in PARTS or (name.startswith("test_") and len(name) > len("test_"))
+
+
 def _assign(config: SplitConfig, groups: NDArray[np.str_]) -> dict[str, str]:
+    if config.declared is not None:
+        return _declare(config, np.unique(groups).tolist())
     names = sorted(np.unique(groups).tolist(), key=lambda n: hashlib.sha256(n.encode()).digest())
     n_test, n_val, n_cal = (int(len(names) * s) for s in (config.test, config.val, config.cal))
     parts = ["test"] * n_test + ["val"] * n_val + ["cal"] * n_cal
@@ -161,7 +200,26 @@ def _assign(config: SplitConfig, groups: NDArray[np.str_]) -> dict[str, str]:
     return dict(zip(names, parts, strict=True))
 
 
+def _declare(config: SplitConfig, there: list[str]) -> dict[str, str]:
+    assert config.declared is not None
+    part_of = dict.fromkeys(there, UNASSIGNED)
+    for part, groups in config.declared.items():
+        missing = sorted(set(groups) - set(there))
+        if missing and len(missing) < len(groups):  # a part that is not there at all may be so
+            raise DataError(
+                f"split by {config.by!r}: no cell is of {missing}, declared for {part}; there are "
+                f"{there[:20]}"
+            )
+        part_of.update(dict.fromkeys(set(groups) - set(missing), part))
+    return part_of
+
+
 def _digest(config: SplitConfig, part_of: dict[str, str]) -> str:
-    fields = {k: float(v) if isinstance(v, int) else v for k, v in asdict(config).items()}
+    fields: dict[str, object] = {"by": config.by}
+    if config.declared is None:  # as models on disk record it
+        values = {name: getattr(config, name) for name in ("block", "test", "val", "cal")}
+        fields.update((k, float(v) if isinstance(v, int) else v) for k, v in values.items())
+    else:
+        fields["declared"] = sorted((k, sorted(v)) for k, v in config.declared.items())
     text = repr((sorted(fields.items()), sorted(part_of.items())))
     return hashlib.sha256(text.encode()).hexdigest()

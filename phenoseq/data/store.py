@@ -16,11 +16,11 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import anndata as ad
 import numpy as np
@@ -31,7 +31,8 @@ from scipy import sparse
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from phenoseq._version import __version__
-from phenoseq.data.crops import iter_crops, outside
+from phenoseq.data.arrays import DAMAGED, RowReader, RowWriter, reading
+from phenoseq.data.crops import crop_order, iter_crops, outside
 from phenoseq.data.source import Source
 from phenoseq.disk import room_for
 from phenoseq.errors import DataError
@@ -41,7 +42,6 @@ SCHEMA_VERSION = 1
 #: chunk's crops, by which there are fewer cells where crops are large.
 CHUNK, SHARD, CHUNK_BYTES = 64, 1024, 1 << 20
 Progress = Callable[[int, int], None]
-_DAMAGED = "the store is damaged: copy it again, or prepare it again"
 
 
 @dataclass(frozen=True)
@@ -144,26 +144,28 @@ class Store:
                 f"'phenoseq prepare SOURCE {self.path.name}'"
             )
         self._group = group = zarr.open_group(self.path, mode="r")
-        self.manifest = Manifest.from_json(group.attrs["phenoseq"], str(self.path))
-        for name in ("crops", "table", "excluded"):
+        raw: Any = group.attrs["phenoseq"]
+        if isinstance(raw, dict) and raw.get("pairing") == "sample":
+            raise DataError(
+                f"{self.path}: pairs images and RNA by sample, not by cell; open it with "
+                "phenoseq.data.samplestore.SampleStore. Models of single cells need a store "
+                "that pairs by cell"
+            )
+        self.manifest = Manifest.from_json(raw, str(self.path))
+        for name in ("table", "excluded"):
             if name not in group:
-                raise DataError(f"{self.path}/{name}: missing; {_DAMAGED}")
-        crops = group["crops"]
-        assert isinstance(crops, zarr.Array)
-        self.crops = crops
-        for shard in range(-(-len(self) // self.shard)):
-            file = self.path / "crops" / "c" / str(shard) / "0" / "0" / "0"
-            if not file.exists():  # zarr would read zeros
-                raise DataError(f"{file}: missing; {_DAMAGED}")
+                raise DataError(f"{self.path}/{name}: missing; {DAMAGED}")
+        self._cells = RowReader(group, "crops", self.path)
+        self.crops = self._cells.array
 
     def __len__(self) -> int:
         """Return the number of cells."""
-        return int(self.crops.shape[0])
+        return len(self._cells)
 
     @property
     def shard(self) -> int:
         """Cells in a shard, whose crops are one file."""
-        return int((self.crops.shards or self.crops.chunks)[0])
+        return self._cells.shard
 
     def table(self) -> ad.AnnData:
         """Return the expression table: raw counts (CSR), ``obs``, ``var``, ``obsm["spatial"]``.
@@ -173,13 +175,13 @@ class Store:
         DataError
             Where it cannot be read.
         """
-        with self._reading("table"):
+        with reading(self.path / "table"):
             table: ad.AnnData = ad.read_zarr(self.path / "table")
         return table
 
     def obs(self) -> pd.DataFrame:
         """Return the ``obs`` of the expression table alone; as for :meth:`table`."""
-        with self._reading("table/obs"):
+        with reading(self.path / "table/obs"):
             obs: pd.DataFrame = ad.io.read_elem(self._group["table/obs"])
         return obs
 
@@ -191,10 +193,10 @@ class Store:
         DataError
             Where they cannot be read.
         """
-        with self._reading("table/X"):
+        with reading(self.path / "table/X"):
             matrix = ad.io.sparse_dataset(self._group["table/X"])
             parts, order = [], []
-            for run, start, stop in self._runs(rows):
+            for run, start, stop in self._cells.runs(rows):
                 parts.append(sparse.csr_matrix(matrix[start:stop])[rows[run] - start])
                 order.append(run)
             if not parts:
@@ -205,7 +207,7 @@ class Store:
     def all_cells(self) -> pd.DataFrame:
         """Return field and position of every cell of the source, also those not in the store."""
         obs = self.obs()
-        with self._reading("excluded"):
+        with reading(self.path / "excluded"):
             excluded = ad.io.read_elem(self._group["excluded"])
         shared = [name for name in obs.columns if name in excluded]
         return pd.concat([obs[shared].astype(excluded[shared].dtypes), excluded[shared]])
@@ -218,36 +220,11 @@ class Store:
         DataError
             Where a chunk is corrupt.
         """
-        with self._reading(f"crops, cells {start} to {stop}"):
-            return np.asarray(self.crops[start:stop])
+        return self._cells.read(start, stop)
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the crops of ``rows`` in that order; chunks side by side are read at once."""
-        out = np.empty((len(rows), *self.crops.shape[1:]), dtype=self.crops.dtype)
-        for run, start, stop in self._runs(rows):
-            out[run] = self.read(start, stop)[rows[run] - start]
-        return out
-
-    def _runs(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]]:
-        """Yield positions in ``rows`` that are read at once, and from which cell to which.
-
-        These are whole chunks side by side, within one shard.
-        """
-        size = int(self.crops.chunks[0])
-        order = np.argsort(rows, kind="stable")
-        chunk = rows[order] // size
-        new = (np.diff(chunk) > 1) | (np.diff(chunk * size // self.shard) > 0)
-        for run in np.split(order, np.flatnonzero(new) + 1):
-            if len(run):
-                start, stop = int(rows[run[0]] // size), int(rows[run[-1]] // size + 1)
-                yield run, start * size, min(stop * size, len(self))
-
-    @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # each codec has errors of its own
-            raise DataError(f"{self.path}/{what}: cannot be read ({error}); {_DAMAGED}") from error
+        return self._cells.take(rows)
 
 
 def is_store(path: str | Path) -> bool:
@@ -301,18 +278,16 @@ def write_store(
             f"{source.name}: no count matrix, so there is nothing to train on; to predict, give "
             "this source to 'phenoseq predict' as it is"
         )
-    if path.exists() and not is_store(path):
-        raise DataError(f"{path}: exists already and is no store; choose another name")
-    if path.exists() and not overwrite:
-        raise DataError(f"{path}: exists already; remove it, or use --overwrite")
+    check_target(path, overwrite=overwrite)
     reason = _exclusions(source, pixel_size, crop_px, min_counts)
     keep = reason == ""
     if not keep.any():
         why = pd.Series(reason).value_counts().to_dict()
         raise DataError(f"{source.name}: no cell is left to store; all are left out: {why}")
-    with _whole_or_nothing(path) as partial:
+    with whole_or_nothing(path) as partial:
         group = zarr.create_group(partial, zarr_format=3)
-        rows, stats = _write_crops(source, keep, group, pixel_size, crop_px, progress)
+        kept = np.flatnonzero(keep)
+        rows, stats = write_crops(source, [kept], group, pixel_size, crop_px, progress)
         obs = source.obs.iloc[rows].copy()
         obs["total_counts"] = np.asarray(source.counts[rows].sum(axis=1)).ravel()
         table = ad.AnnData(
@@ -323,10 +298,8 @@ def write_store(
         )
         excluded = source.obs[~keep].copy()
         excluded["reason"] = reason[~keep]
-        with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*autosharding")
-            ad.io.write_elem(group, "table", table)
-            ad.io.write_elem(group, "excluded", excluded)
+        write_element(group, "table", table)
+        write_element(group, "excluded", excluded)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             kind=source.kind,
@@ -356,6 +329,17 @@ def _exclusions(
     """Return why each cell is left out, empty where it is kept."""
     assert source.counts is not None
     total = np.asarray(source.counts.sum(axis=1)).ravel()
+    reason = off_image(source, pixel_size, crop_px)
+    conditions = {
+        "no counts": total == 0,
+        f"fewer than {min_counts} counts": total < min_counts,
+    }
+    few = np.select(list(conditions.values()), list(conditions), default="")
+    return np.where(reason == "", few, reason)
+
+
+def off_image(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.str_]:
+    """Return why a cell's crop cannot be had whole, empty where it can, ``(n_obs,)``."""
     off = outside(source)
     half = pixel_size * crop_px / 2
     x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
@@ -366,61 +350,86 @@ def _exclusions(
         for k in (0, 1)
     )
     border = (x < half) | (y < half) | (x > width - half) | (y > height - half)
-    conditions = {
-        "outside the image": off,
-        "cut by the border": border,
-        "no counts": total == 0,
-        f"fewer than {min_counts} counts": total < min_counts,
-    }
+    conditions = {"outside the image": off, "cut by the border": border}
     return np.select(list(conditions.values()), list(conditions), default="")
 
 
-def _write_crops(
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Check that a store may be written to ``path``; raises :class:`DataError` where not."""
+    if path.exists() and not is_store(path):
+        raise DataError(f"{path}: exists already and is no store; choose another name")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path}: exists already; remove it, or use --overwrite")
+
+
+def write_element(group: zarr.Group, name: str, element: Any) -> None:
+    """Write an AnnData or data frame into a store."""
+    with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*autosharding")
+        ad.io.write_elem(group, name, element)
+
+
+def create_rows(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    axes: Sequence[str],
+    *,
+    shuffle: Literal["bitshuffle", "shuffle"] = "bitshuffle",
+) -> zarr.Array[Any]:
+    """Create an array with a row a cell, ``shape``, in chunks of about a megabyte inside shards."""
+    chunk = min(CHUNK, max(CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1))
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=(chunk, *shape[1:]),
+        shards=(SHARD // CHUNK * chunk, *shape[1:]),
+        dtype=dtype,
+        compressors=(BloscCodec(cname="zstd", clevel=3, shuffle=shuffle), Crc32cCodec()),
+        dimension_names=axes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def write_crops(
     source: Source,
-    keep: NDArray[np.bool_],
+    groups: Sequence[NDArray[np.int64]],
     group: zarr.Group,
     pixel_size: float,
     crop_px: int,
     progress: Progress | None,
 ) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
-    """Write the crops of the kept cells shard by shard; return their rows and channel stats."""
-    total, n_channels = int(keep.sum()), len(source.channels)
-    shape = (n_channels, crop_px, crop_px)
-    chunk = min(CHUNK, max(CHUNK_BYTES // (math.prod(shape) * source.dtype.itemsize), 1))
-    shard = SHARD // CHUNK * chunk
-    array = group.create_array(
-        "crops",
-        shape=(total, *shape),
-        chunks=(chunk, *shape),
-        shards=(shard, *shape),
-        dtype=source.dtype,
-        compressors=(
-            BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
-            Crc32cCodec(),
-        ),
-        dimension_names=("cell", "channel", "y", "x"),
-        config={"write_empty_chunks": True},
+    """Write the crops of some cells, one group of cells after the other.
+
+    Returns
+    -------
+    The cells in the order of the crops (within a group that in which the image is read), and the
+    statistics of each channel.
+    """
+    rows = np.concatenate(
+        [
+            members[crop_order(_images_of(source, members), pixel_size, crop_px)]
+            for members in groups
+        ]
     )
-    buffer = np.empty((shard, *shape), dtype=source.dtype)
-    rows = np.empty(total, dtype=np.int64)
-    histogram = _Histogram(n_channels, source.dtype)
-    done = filled = 0
-    kept = replace(source, obs=source.obs[keep], counts=None, var=None)
-    original = np.flatnonzero(keep)
-    for batch in iter_crops(kept, pixel_size, crop_px, batch_size=CHUNK):
+    shape = (len(rows), len(source.channels), crop_px, crop_px)
+    axes = ("cell", "channel", "y", "x")
+    writer = RowWriter(create_rows(group, "crops", shape, source.dtype, axes))
+    histogram = _Histogram(len(source.channels), source.dtype)
+    done = 0
+    for batch in iter_crops(source, pixel_size, crop_px, batch_size=CHUNK, rows=rows):
         histogram.add(batch.images)
-        at = 0
-        while at < len(batch.rows):
-            n = min(shard - filled, len(batch.rows) - at)
-            buffer[filled : filled + n] = batch.images[at : at + n]
-            rows[done + filled : done + filled + n] = original[batch.rows[at : at + n]]
-            filled, at = filled + n, at + n
-            if filled == shard or done + filled == total:
-                array[done : done + filled] = buffer[:filled]
-                done, filled = done + filled, 0
+        writer.add(batch.images)
+        done += len(batch.rows)
         if progress is not None:
-            progress(done + filled, total)
+            progress(done, len(rows))
+    writer.flush()
     return rows, histogram.stats()
+
+
+def _images_of(source: Source, rows: NDArray[np.int64]) -> Source:
+    return replace(source, obs=source.obs.iloc[rows], counts=None, var=None)
 
 
 class _Histogram:
@@ -456,7 +465,7 @@ class _Histogram:
 
 
 @contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
+def whole_or_nothing(path: Path) -> Iterator[Path]:
     """Give a folder beside ``path`` to write to, which becomes ``path`` when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):

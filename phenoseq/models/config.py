@@ -79,7 +79,7 @@ class TrainingRecord:
 
     source: str
     identity: str
-    split: dict[str, str | float | None]
+    split: dict[str, str | float | dict | None]  # type: ignore[type-arg]  # plain JSON
     split_digest: str
     n_cells: int
     seed: int

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from phenoseq.data.splits import LEFT_OUT, PARTS, SplitConfig, make_split
+from phenoseq.data.splits import LEFT_OUT, PARTS, UNASSIGNED, SplitConfig, make_split
 from phenoseq.errors import DataError
 
 PIXEL, BLOCK, HALF = 0.2125, 318.75, 13.6  # a block of 1500 pixels; half of 64 pixels of 0.425 um
@@ -181,6 +181,81 @@ def test_by_a_column_with_holes():
     obs.loc["cell7", "Metadata_Well"] = None
     with pytest.raises(DataError, match="'Metadata_Well': 1 cells have none"):
         split(obs, SplitConfig(by="Metadata_Well", block=None))
+
+
+# -------------------------------------------------------------------------------- declared groups
+
+
+def replicates(n=60):
+    return cells(n).assign(Replicate=[str(1 + i % 6) for i in range(n)])
+
+
+DECLARED = {"train": ["3"], "val": ["5"], "test": ["4"], "test_he": ["1", "2"]}
+
+
+def declared(groups=DECLARED, by="Replicate", **options):
+    return SplitConfig(by=by, block=None, declared=groups, **options)
+
+
+def test_declared_groups_fall_where_they_are_told():
+    obs = replicates()
+    result = split(obs, declared())
+    where = {"3": "train", "5": "val", "4": "test", "1": "test_he", "2": "test_he", "6": UNASSIGNED}
+    assert result.part.tolist() == [where[group] for group in obs.Replicate]
+    assert result.sizes() == {
+        "train": 10, "val": 10, "test": 10, "test_he": 20, UNASSIGNED: 10,
+    }  # fmt: skip
+    assert set(obs.Replicate.iloc[result.rows("test_he")]) == {"1", "2"}
+    with pytest.raises(DataError, match="the cal part has no cells"):
+        result.rows("cal")
+    with pytest.raises(DataError, match="no part 'unassigned'"):
+        result.rows(UNASSIGNED)
+
+
+def test_a_declared_part_may_be_absent_but_not_half_there():
+    """One round of an experiment has no group of some parts; one group missing is a slip."""
+    obs = replicates()
+    first_round = obs[~obs.Replicate.isin(["1", "2"])]
+    result = split(first_round, declared())
+    assert result.sizes() == {"train": 10, "val": 10, "test": 10, UNASSIGNED: 10}
+    with pytest.raises(DataError, match=r"the test_he part has no cells.*declared"):
+        result.rows("test_he")
+    with pytest.raises(DataError, match=r"no cell is of \['2'\], declared for test_he; there are"):
+        split(obs[obs.Replicate != "2"], declared())
+
+
+def test_digest_of_declared_groups():
+    """Of what is declared and what is there; not of its order, nor of shares that are not used."""
+    obs = replicates()
+    known = split(obs, declared()).digest
+    other = {part: tuple(reversed(groups)) for part, groups in reversed(DECLARED.items())}
+    assert split(obs, declared(other, test=0.3)).digest == known
+    moved = {**DECLARED, "test": ["4", "6"]}
+    assert split(obs, declared(moved)).digest != known
+    assert split(obs[obs.Replicate != "6"], declared()).digest != known
+    renamed = obs.rename(columns={"Replicate": "Metadata_Replicate"})
+    assert split(renamed, declared(by="Metadata_Replicate")).digest != known
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"train": ["3"], "dev": ["5"]}, r"no parts \['dev'\]"),
+        ({"train": ["3"], "test_": ["5"]}, r"no parts \['test_'\]"),
+        ({"train": "3"}, "groups of train must be a list of text"),
+        ({"train": [3]}, "groups of train must be a list of text"),
+        ({"train": ["3"], "val": ["3"]}, r"groups \['3'\] are declared more than once"),
+        ({"train": ["3", "3"]}, r"groups \['3'\] are declared more than once"),
+    ],
+)
+def test_bad_declarations(groups, message):
+    with pytest.raises(DataError, match=message):
+        declared(groups)
+
+
+def test_blocks_cannot_be_declared():
+    with pytest.raises(DataError, match="declared by a column"):
+        SplitConfig(declared={"train": ["0,0"]})
 
 
 # ---------------------------------------------------------------------------------------- digest

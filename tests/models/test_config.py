@@ -76,6 +76,12 @@ def test_round_trip():
     assert again.training.split["block"] is None
 
 
+def test_round_trip_of_declared_groups():
+    split = {"by": "Replicate", "block": None, "declared": {"train": ["3"], "test_he": ["1", "2"]}}
+    config = replace(CONFIG, training=replace(CONFIG.training, split=split))
+    assert PhenoSeqConfig.from_json(config.to_json(), WHERE) == config
+
+
 def test_round_trip_of_defaults():
     plain = PhenoSeqConfig(
         CONFIG.image, CONFIG.expression, replace(CONFIG.training, reliability=())

@@ -15,6 +15,7 @@ from phenoseq.data.readers import (
     merscope,
     omefield,
     omezarr,
+    scgenescope,
     spatialdata,
     xenium,
 )
@@ -25,6 +26,7 @@ from phenoseq.data.readers.jump import read_jump
 from phenoseq.data.readers.merscope import read_merscope
 from phenoseq.data.readers.omefield import read_omefield
 from phenoseq.data.readers.omezarr import read_omezarr
+from phenoseq.data.readers.scgenescope import read_scgenescope
 from phenoseq.data.readers.spatialdata import read_spatialdata
 from phenoseq.data.readers.storage import is_url, place_of
 from phenoseq.data.readers.xenium import read_xenium
@@ -43,6 +45,7 @@ __all__ = [
     "read_merscope",
     "read_omefield",
     "read_omezarr",
+    "read_scgenescope",
     "read_spatialdata",
     "read_xenium",
 ]
@@ -112,6 +115,12 @@ READERS: tuple[Reader, ...] = (
         "'Image_FileName_Orig<Stain>') and the images somewhere below it",
         cellprofiler.detect,
         read_cellprofiler,
+    ),
+    Reader(
+        "scgenescope",
+        "scGeneScope's crops: an HDF5 file with a data frame 'manifest', and zip files of TIFF",
+        scgenescope.detect,
+        read_scgenescope,
     ),
     Reader(
         "ome-tiff",

@@ -25,14 +25,11 @@ from phenoseq.data.readers.transformation import to_global
 from phenoseq.data.readers.wkb import centroid
 from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.genes import gene_table, without_ensembl
+from phenoseq.genes import genes_of, without_ensembl
 
 #: Least share of the table's cells that must have a shape, label or point.
 MIN_MATCHED = 0.9
 _KINDS = ("labels", "shapes", "points")
-#: Columns of ``var`` that hold gene ids and symbols, the first that is there counts.
-_IDS = ("gene_ids", "gene_id", "ensembl_id", "ensembl")
-_SYMBOLS = ("gene_symbols", "symbol", "feature_name")
 
 
 def detect(path: Path) -> str | None:
@@ -257,11 +254,7 @@ def _read_table(tree: Tree, name: str) -> tuple[str, list[str], sparse.csr_matri
             kinds = sorted(set(var["feature_types"].astype(str)))
             raise DataError(f"{where}: no feature of the type 'Gene Expression', only {kinds}")
         counts, var = counts[:, genes], var.iloc[genes]
-    ids, symbols = (
-        next((var[c].astype(str) for c in columns if c in var), var.index.astype(str))
-        for columns in (_IDS, _SYMBOLS)
-    )
-    table = gene_table(list(ids), list(symbols), where)
+    table = genes_of(var, where)
     unnamed = without_ensembl(table)
     if unnamed:
         warnings.warn(
