@@ -45,9 +45,8 @@ def main(path: str) -> None:
     reference.obsm["pca"] = pca.transform(halves["known"][0])
     queries = ad.AnnData(pca.transform(halves["new"][0]))
     truth = halves["new"][1][:, genes]
-    print(
-        f"{len(known):,} reference cells, {len(new):,} cells of validation blocks, {genes.sum()} genes"
-    )
+    sizes = f"{len(known):,} reference cells, {len(new):,} cells of validation blocks"
+    print(f"{sizes}, {genes.sum()} genes")
     print("| k | weighting | MSE | median `pcc_gene` | `variance_ratio` |\n|---|---|---|---|---|")
     for k in (1, 5, 10, 30, 100):
         for weighting in ("distance", "uniform"):
