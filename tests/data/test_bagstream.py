@@ -250,6 +250,7 @@ def test_leaving_out_reads_nothing(stream, monkeypatch):
     one = stream(window=1, batch_size=16)
     total = len(list(one))
     everything = len(loads)
+    assert everything == len(set(loads)) == len(one._pieces)
     loads.clear()
     one.start = total - 1
     assert len(list(one)) == 1

@@ -118,6 +118,9 @@ def test_one_to_one(ramp_source):
     )
     assert found.images.tolist() == [0, 1]
     assert found.rna.tolist() == [1, 2]
+    source = ramp_source(np.array([[104.0, 100.0], [100.0, 100.0]]))
+    found = pair_cells(source, at(source, [[101, 100]]), by="centroid", max_distance=10)
+    assert found.images.tolist() == [1]
 
 
 def test_ties_are_left_out_and_told(ramp_source):
