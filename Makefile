@@ -17,6 +17,8 @@ $(VENV)/.made: pyproject.toml
 demo: $(VENV)/.made       ## simulate a plate, predict its expression, draw demo/prediction.png
 	$(BIN)/python examples/demo.py demo
 
+test test-slow: export OMP_NUM_THREADS = 1  # two processes share the cores
+
 test: $(VENV)/.made       ## the test suite, without what takes minutes
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
