@@ -82,7 +82,7 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
     ------
     DataError
         Where the table is unreadable, lacks a column or contradicts itself, no image is there or
-        too many fields have a broken one, a file's name is ambiguous, or the pixel size is not known.
+        too many fields have a broken one, a file's name is ambiguous, or the pixel size unknown.
     """
     folder = Path(folder)
     tables = _tables(folder)
