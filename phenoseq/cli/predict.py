@@ -1,0 +1,182 @@
+"""``phenoseq predict``, ``features`` and ``decode``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from phenoseq.cli.options import EIGHT_BIT, EXTRACTOR, FORMAT, Commands, add_sampling, open_told
+
+
+def add_predict(commands: Commands) -> None:
+    """Add ``phenoseq predict``."""
+    predict = commands.add_parser("predict", help="predict the expression of every cell")
+    predict.add_argument(
+        "source",
+        help="folder, file or URL of images, store, crops (n, C, H, W) as .npy, or features as "
+        ".h5ad",
+    )
+    predict.add_argument("--model", required=True, help="name in the zoo, or folder")
+    predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
+    predict.add_argument("--cells", help="CSV of cell_id,x_centroid,y_centroid (um) to predict at")
+    predict.add_argument("--channels", help="stains of an array, in order, comma-separated")
+    predict.add_argument("--pixel-size", type=float, help="um a pixel, of an array or a folder")
+    predict.add_argument("--keep-draws", action="store_true", help="keep every draw, as a layer")
+    predict.add_argument("--sample", help="column of obs that tells samples apart (for embeddings)")
+    predict.add_argument("--eight-bit", choices=["full", "percentile"], help=EIGHT_BIT)
+    predict.add_argument("--extractor", help=EXTRACTOR)
+    predict.add_argument(
+        "--published-steps",
+        action="store_true",
+        help="sample features' embeddings as the published project does (50 DDIM steps)",
+    )
+    predict.add_argument(
+        "--yes", action="store_true", help="download the model without asking, where needed"
+    )
+    add_sampling(predict)
+    predict.set_defaults(run=_predict)
+
+
+def add_features(commands: Commands) -> None:
+    """Add ``phenoseq features``."""
+    features = commands.add_parser(
+        "features", help="make the image features that the published PhenoSeq weights take"
+    )
+    features.add_argument("source", help="folder of images and CellProfiler's single-cell table")
+    features.add_argument("-o", "--out", required=True, help="FEATURES.h5ad or FEATURES.zarr")
+    features.add_argument("--format", help=FORMAT)
+    features.add_argument("--pixel-size", type=float, help="um a pixel of the images")
+    features.add_argument(
+        "--crop-pixel-size", type=float, help="um a pixel of the crops (as the images)"
+    )
+    features.add_argument("--eight-bit", choices=["full", "percentile"], help=EIGHT_BIT)
+    features.add_argument("--extractor", help=EXTRACTOR)
+    features.add_argument("--yes", action="store_true", help="download these weights if need be")
+    features.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    features.set_defaults(run=_features)
+
+
+def add_decode(commands: Commands) -> None:
+    """Add ``phenoseq decode``."""
+    decode = commands.add_parser("decode", help="turn predicted embeddings into expression")
+    decode.add_argument("prediction", help="predicted embeddings, PRED.h5ad or PRED.zarr")
+    decode.add_argument(
+        "--reference", required=True, help="real cells, embedded and with expression: .h5ad, .zarr"
+    )
+    decode.add_argument("--key", default="scGPT", help="of their embedding in obsm (%(default)s)")
+    decode.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
+    decode.add_argument("-k", type=int, default=10, help="neighbours averaged (%(default)s)")
+    decode.add_argument("--weighting", default="distance", choices=["distance", "uniform"])
+    decode.add_argument("--backend", default="exact", choices=["exact", "faiss"])
+    decode.set_defaults(run=_decode)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from phenoseq.api import predict
+
+    source, channels = options.source, None
+    if Path(source).suffix == ".npy":
+        source = _load_array(Path(source))
+        channels = options.channels.split(",") if options.channels else None
+    _fetch(options.model, yes=options.yes)
+    extractor = options.extractor
+    if options.yes and options.sample and not extractor and Path(source).suffix != ".h5ad":
+        from phenoseq.models.features import load_extractor
+
+        extractor = load_extractor(yes=True)
+    result = predict(
+        source,
+        model=options.model,
+        n_samples=options.n_samples,
+        steps=options.steps,
+        seed=options.seed,
+        device=options.device,
+        out=options.out,
+        channels=channels,
+        pixel_size=options.pixel_size,
+        cells=options.cells,
+        keep_draws=options.keep_draws,
+        sample=options.sample,
+        published_steps=options.published_steps,
+        eight_bit=options.eight_bit,
+        extractor=extractor,
+    )
+    if result.uns["phenoseq"]["pairing"] == "sample":
+        kind = result.uns["phenoseq"]["embedding"]
+        print(f"{options.out}: {result.n_obs:,} bags, {kind} embeddings of {result.n_vars} numbers")
+    else:
+        print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
+    return 0
+
+
+def _fetch(model: str, *, yes: bool) -> None:
+    """Download a model that has to be, after asking."""
+    from phenoseq.errors import ModelError
+    from phenoseq.zoo.registry import load_model, to_download
+
+    entry = to_download(model)
+    if entry is None:
+        return
+    files = entry.files
+    print(f"{entry.name}: {files.download} from {files.repo} on the Hugging Face hub", end=", ")
+    print(f"converted to {files.kept} and kept for later")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ModelError(f"{entry.name}: say --yes to download {files.download}")
+        if input("download? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ModelError(f"{entry.name}: not downloaded")
+    load_model(entry.name, download=True)
+
+
+def _load_array(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 - numpy is not imported yet
+    import numpy as np
+
+    from phenoseq.errors import DataError
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable array ({error})") from error
+
+
+def _features(options: argparse.Namespace) -> int:
+    from phenoseq.inference.extract import check_source, image_features
+    from phenoseq.inference.writer import check_out, write_whole
+    from phenoseq.models.features import VIT_L_16, load_extractor
+    from phenoseq.progress import bar
+
+    out = check_out(options.out)
+    source = open_told(options)
+    check_source(source, VIT_L_16.channels, eight_bit=options.eight_bit)
+    extractor = load_extractor(weights=options.extractor, yes=options.yes)
+    with bar("making features") as progress:
+        result = image_features(
+            source,
+            extractor,
+            pixel_size=options.crop_pixel_size,
+            eight_bit=options.eight_bit,
+            device=options.device,
+            progress=progress,
+        )
+    write_whole(result, out)
+    print(f"{out}: {result.n_obs:,} cells, {result.n_vars:,} features")
+    return 0
+
+
+def _decode(options: argparse.Namespace) -> int:
+    from phenoseq.inference.decode import decode
+
+    result = decode(
+        options.prediction,
+        options.reference,
+        key=options.key,
+        k=options.k,
+        weighting=options.weighting,
+        backend=options.backend,
+        out=options.out,
+    )
+    print(f"{options.out}: {result.n_obs:,} rows, {result.n_vars} genes")
+    ratio = result.obs["reference_distance_ratio"].median()
+    print(f"  distance to the reference over that among its own cells, median: {ratio:.2f}")
+    return 0
