@@ -12,7 +12,7 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import evaluate, predict
+    from phenoseq.api import evaluate, finetune, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.models.phenoseq import PhenoSeq
@@ -23,6 +23,7 @@ _LAZY = {
     "Store": "phenoseq.data.store",
     "decode": "phenoseq.inference.decode",
     "evaluate": "phenoseq.api",
+    "finetune": "phenoseq.api",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "decode",
     "evaluate",
+    "finetune",
     "list_models",
     "load_model",
     "predict",
