@@ -227,6 +227,7 @@ class FinetuneModule(PhenoSeqModule):
     """
 
     model: PhenoSeq
+    cached_levels = 1
 
     def __init__(
         self, model: PhenoSeq, *, freeze: Freeze, new_stains: bool, lr: float, seed: int
@@ -245,17 +246,13 @@ class FinetuneModule(PhenoSeqModule):
         """Return the loss of a batch, a number."""
         if "tokens" not in batch:
             return super().training_loss(batch, generator)
-        n, dim = len(batch["rows"]), self.model.config.expression.latent_dim
-        drop = self._coins((n,), generator) < self.drop_context
-        t = logit_normal(n, generator)
-        t[torch.rand(n, generator=generator) < 1 / self.levels] = 1.0
-        noise = torch.randn(n, 1, dim, generator=generator)
+        shape = (len(batch["rows"]), self.cached_levels)
+        drop = self._coins(shape[:1], generator) < self.drop_context
+        t = logit_normal(shape[0] * shape[1], generator).view(shape)
+        t[torch.rand(shape, generator=generator) < 1 / self.levels] = 1.0
+        noise = torch.randn(*shape, self.model.config.expression.latent_dim, generator=generator)
         return self.model.denoising_loss(
-            self.encode(batch),
-            batch["counts"],
-            t[:, None].to(self.device),
-            noise.to(self.device),
-            drop,
+            self.encode(batch), batch["counts"], t.to(self.device), noise.to(self.device), drop
         ).mean()
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
