@@ -22,12 +22,13 @@ from torch import Tensor
 
 from phenoseq.errors import DataError, ModelError
 from phenoseq.genes import match_genes
-from phenoseq.models.config import ImageConfig, TrainingRecord
+from phenoseq.models.config import ImageConfig
 from phenoseq.models.counts import nb_log_likelihood
 from phenoseq.models.denoiser import Denoiser
 from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace, fit_expression_space
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.record import TrainingRecord
 
 #: The expression space is kept where the shared genes carry this share of the latent's variance.
 KEEP_SPACE = 0.9
