@@ -25,6 +25,7 @@ from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.expression import fit_expression_space
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training.augment import augment
+from phenoseq.training.sharding import shard
 
 #: Training crops whose pixels set the channel statistics.
 _STATISTICS_CELLS = 4096
@@ -91,6 +92,8 @@ class PhenoSeqModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = self._build(data)
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def _build(self, data: StoreDataModule) -> PhenoSeq:
         """Build an untrained model whose data-dependent parts are fitted to the training cells."""
@@ -133,7 +136,7 @@ class PhenoSeqModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        generator = self._generator("train", self.global_step)
+        generator = self._generator("train", self.global_step, batch_idx)
         images = augment(batch["images"].float(), generator)
         present = self._coins(images.shape[:2], generator) >= self.drop_channel
         present |= ~present.any(dim=1, keepdim=True)
@@ -192,8 +195,8 @@ class PhenoSeqModule(L.LightningModule):
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _generator(self, purpose: str, number: int) -> torch.Generator:
-        words = [self.seed, {"train": 0, "val": 1}[purpose], number, self.global_rank]
+    def _generator(self, purpose: str, *numbers: int) -> torch.Generator:
+        words = [self.seed, {"train": 0, "val": 1}[purpose], *numbers, self.global_rank]
         state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
