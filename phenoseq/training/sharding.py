@@ -7,7 +7,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.load import Model
+
+#: What a training module calls of a model besides ``forward``.
+_CALLED = ("encode", "denoising_loss", "generate")
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -23,17 +26,19 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
 
-def shard(model: PhenoSeq, mesh: DeviceMesh) -> None:
-    """Shard a model over a mesh: each block of the encoder by itself, and all the rest together.
+def shard(model: Model, mesh: DeviceMesh) -> None:
+    """Shard a model over a mesh: each block of an encoder by itself, and all the rest together.
 
     A block is gathered when it is used and let go again, so that a device holds one at a time.
     """
-    for stage in model.encoder.backbone.children():
-        blocks = stage if isinstance(stage, nn.Sequential | nn.ModuleList) else ()
-        for block in blocks:
+    backbone = getattr(getattr(model, "encoder", None), "backbone", None)
+    stages = () if backbone is None else backbone.children()
+    for stage in stages:
+        for block in stage if isinstance(stage, nn.Sequential | nn.ModuleList) else ():
             if next(block.parameters(), None) is not None:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # The root too is let go after each use, since the mean weights take the place of its own.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for name in ("encode", "denoising_loss", "generate"):
-        register_fsdp_forward_method(model, name)
+    for name in _CALLED:
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)

@@ -15,9 +15,10 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.data.datamodule import StoreDataModule, StreamDataModule
+from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.errors import ModelError
-from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.training.base import TrainingModule
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.checkpoints import (
     BEST,
@@ -27,13 +28,16 @@ from phenoseq.training.checkpoints import (
     folder_of,
     steps_done,
 )
-from phenoseq.training.finalise import finalise
 from phenoseq.training.logs import CsvLogger, LearningCurves
 from phenoseq.training.memory import Fit, InPieces, free_memory, largest_batch, out_of_memory
 from phenoseq.training.module import PhenoSeqModule
+from phenoseq.training.published import PublishedModule
 from phenoseq.training.settings import keep_settings, same_settings
 from phenoseq.training.sharding import ShardedStrategy
 
+#: What ``class_path`` of ``model`` and ``data`` names; the first of each where it is left out.
+MODULES = (PhenoSeqModule, PublishedModule)
+DATA = (StoreDataModule, SampleDataModule)
 #: Settings of the trainer that count batches, and so count pieces where batches are cut.
 _COUNTING = ("accumulate_grad_batches", "limit_train_batches", "val_check_interval")
 
@@ -60,8 +64,10 @@ class _CLI(LightningCLI):
             help="find the largest batch that fits into the memory of the GPU",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("seed_everything", "data.seed")
+        for part, kinds in (("model", MODULES), ("data", DATA)):
+            parser.link_arguments("seed_everything", f"{part}.init_args.seed")
+            first = f"{kinds[0].__module__}.{kinds[0].__qualname__}"
+            parser.set_defaults({part: {"class_path": first}})
         on_terminal = sys.stderr.isatty()
         parser.set_defaults(
             {
@@ -143,8 +149,10 @@ def train(args: Sequence[str]) -> Path:
 
 def _command_line(args: Sequence[str]) -> _CLI:
     return _CLI(
-        PhenoSeqModule,
-        StoreDataModule,
+        TrainingModule,
+        StreamDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
         args=list(args),
         run=False,
         seed_everything_default=0,
@@ -244,10 +252,12 @@ def _export(cli: _CLI, out: Path) -> None:
     if not file.exists():
         raise ModelError(f"{file}: is not there, since nothing was validated; use --export last")
     checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    model = PhenoSeq(cli.model.model.config)
-    prefix = "model."
-    model.load_state_dict({n.removeprefix(prefix): t for n, t in checkpoint["state_dict"].items()})
-    finalise(model, cli.datamodule).save(out)
+    trained = cli.model.model  # maybe in shards
+    model = type(trained)(trained.config)
+    own = len("model.")
+    model.load_state_dict({name[own:]: t for name, t in checkpoint["state_dict"].items()})
+    cli.model.model = model
+    cli.model.finish(cli.datamodule).save(out)
     least = checkpoint["callbacks"][Checkpoints.__qualname__]
     print(
         f"mean weights of {file.name}, step {checkpoint['global_step']} "

@@ -66,8 +66,11 @@ def test_two_processes_train_like_one(store, script, arguments, tmp_path):
             if name not in ranks[0]:
                 continue
             made = ranks[0][name]
-            print(name, relative(made["gradient"], one["gradient"]),
-                  relative(made["mean"], one["mean"], one["mean"] - started))
+            print(
+                name,
+                relative(made["gradient"], one["gradient"]),
+                relative(made["mean"], one["mean"], one["mean"] - started),
+            )
     whole, continued = ranks[0]["fsdp 32-true"], ranks[0]["fsdp continued"]
     torch.testing.assert_close(continued["mean"], whole["mean"], rtol=1e-5, atol=1e-6)
 

@@ -40,14 +40,15 @@ class Module(PhenoSeqModule):
         )
         self.first = torch.empty(0)
 
-    def training_step(self, batch, batch_idx):
+    def training_loss(self, batch, generator):
         dim = self.model.config.expression.latent_dim
         drawn = torch.stack(
             [torch.randn(4, dim + 1, generator=_generator(row)) for row in batch["rows"].tolist()]
         )
-        t = torch.sigmoid(drawn[..., 0])
-        context = self.model.encode(batch["images"].float())
-        return self.model.denoising_loss(context, batch["counts"], t, drawn[..., 1:]).mean()
+        t, noise = torch.sigmoid(drawn[..., 0]), drawn[..., 1:]
+        drop = torch.zeros(len(t), dtype=torch.bool)
+        context = self.model.encode(batch["images"])
+        return self.model.denoising_loss(context, batch["counts"], t, noise, drop).mean()
 
     def on_before_optimizer_step(self, optimizer) -> None:
         if not len(self.first):
@@ -76,9 +77,16 @@ class Data(StoreDataModule):
         return []
 
 
-def fit(store: Path, how: str, precision: str, **more: object) -> dict[str, torch.Tensor]:
+def fit(
+    store: Path,
+    how: str,
+    precision: str,
+    *,
+    steps: int = STEPS,
+    save: Save | None = None,
+    ckpt_path: Path | None = None,
+) -> dict[str, torch.Tensor]:
     """Make 20 steps; `how` is "one", "ddp" or "fsdp"."""
-    more = dict(more)
     ranks = 1 if how == "one" else 2
     trainer = L.Trainer(
         accelerator="cpu",
@@ -86,7 +94,7 @@ def fit(store: Path, how: str, precision: str, **more: object) -> dict[str, torc
         strategy={"one": "auto", "ddp": "ddp", "fsdp": ShardedStrategy()}[how],
         precision=precision,
         max_epochs=1,
-        max_steps=more.pop("steps", STEPS),
+        max_steps=steps,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
@@ -94,11 +102,11 @@ def fit(store: Path, how: str, precision: str, **more: object) -> dict[str, torc
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[WarmEMA(0.9), *more.pop("callbacks", [])],
+        callbacks=[WarmEMA(0.9)] if save is None else [WarmEMA(0.9), save],
     )
     module = Module()
     data = Data(store, SplitConfig(by="Metadata_Well", block=None, test=0.2))
-    trainer.fit(module, datamodule=data, **more)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return {"gradient": module.first, "mean": _flat(module.parameters())}
 
 
@@ -126,7 +134,7 @@ def main() -> None:
     store, out, *arguments = sys.argv[1:]
     made = {f"ddp {p}": fit(Path(store), "ddp", p) for p in ("32-true", "bf16-mixed")}
     sharded = Path(out) / "sharded.ckpt"
-    made["fsdp 32-true"] = fit(Path(store), "fsdp", "32-true", callbacks=[Save(sharded, 13)])
+    made["fsdp 32-true"] = fit(Path(store), "fsdp", "32-true", save=Save(sharded, 13))
     made["fsdp continued"] = fit(Path(store), "fsdp", "32-true", ckpt_path=sharded)
     torch.save(made, Path(out) / f"rank{os.environ['RANK']}.pt")
     train(arguments)
