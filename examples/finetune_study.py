@@ -19,7 +19,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -34,9 +33,6 @@ from phenoseq.evaluation.metrics import e_distance, pcc_gene, variance_ratio
 from phenoseq.evaluation.report import normalised, scored_genes
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import run
-from phenoseq.models.config import DiffusionConfig
-from phenoseq.models.denoiser import DenoiserConfig
-from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training.baselines import fit_baselines
 from phenoseq.training.finetune import finetune
@@ -156,7 +152,9 @@ class Study:
             self.score(
                 case, f"fine-tuned, frozen: {freeze}", lambda f=freeze: self.tune(case, base, f)
             )
-        self.score(case, "from scratch", lambda: self.tune(case, untrained(case, base), "none", 1e-3))
+        self.score(
+            case, "from scratch", lambda: self.tune(case, untrained(case, base), "none", 1e-3)
+        )
 
     def tune(self, case: Case, base: PhenoSeq, freeze: str, lr: float | None = None) -> PhenoSeq:
         name = f"{case.column}-{case.seed}-{freeze}-{'tuned' if lr is None else 'scratch'}"
@@ -189,7 +187,9 @@ class Study:
         inputs = open_inputs(store, model.config.image, rows=test)
         made = run(model, inputs, seed=case.seed)
         scale = median / model.config.expression.median_library
-        mean, draw = (np.log1p(np.expm1(m) * scale) for m in (made.X, made.layers["draw"].toarray()))
+        mean, draw = (
+            np.log1p(np.expm1(m) * scale) for m in (made.X, made.layers["draw"].toarray())
+        )
         self.add(case, name, truth, mean, draw, seconds)
 
     def done(self, case: Case, name: str) -> bool:

@@ -294,7 +294,9 @@ def _refit_decoder(
         mu = rates * some.sum(1, keepdim=True) + 1e-8
         likelihood = nb_log_likelihood(some, mu, space.theta).sum(1).mean()
         shift = torch.cat([bias, log_theta]) - start
-        prior = ((shift / _SHIFT)[known].square().sum() + (weights[fresh] / width).square().sum()) / 2
+        prior = (
+            (shift / _SHIFT)[known].square().sum() + (weights[fresh] / width).square().sum()
+        ) / 2
         optimiser.zero_grad()
         (prior / n - likelihood).backward()
         weights.grad[~fresh] = 0  # type: ignore[index]
@@ -332,9 +334,7 @@ def _take_denoiser(new: Denoiser, old: Denoiser, turn: Tensor) -> None:
 
 
 @torch.no_grad()
-def _take_encoder(
-    new: Encoder, old: Encoder, stains: tuple[str, ...], image: ImageConfig
-) -> None:
+def _take_encoder(new: Encoder, old: Encoder, stains: tuple[str, ...], image: ImageConfig) -> None:
     """Take over an encoder of the ``stains`` for those of ``image``."""
     places = [stains.index(name) if name in stains else None for name in image.channels]
 

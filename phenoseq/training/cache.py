@@ -46,7 +46,9 @@ class TokenCache:
         self.path = path
         self.tokens = np.load(path / "tokens.npy", mmap_mode="r")
         self.rows: Rows = np.load(path / "rows.npy")
-        data, indices = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("data", "indices"))
+        data, indices = (
+            np.load(path / f"{name}.npy", mmap_mode="r") for name in ("data", "indices")
+        )
         self.counts = sparse.csr_matrix((len(self.rows), n_genes), dtype=np.float32)
         self.counts.data, self.counts.indices = data, indices  # not copied, nor looked through
         self.counts.indptr = np.load(path / "indptr.npy")

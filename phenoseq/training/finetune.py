@@ -89,7 +89,8 @@ def finetune(
         raise ModelError(f"freeze is {freeze!r}; choose from {list(get_args(Freeze))}")
     if not isinstance(base, PhenoSeq):
         raise ModelError(
-            f"{name or 'this model'}: is of samples; only models of cells can be fine-tuned, by now"
+            f"{name or 'this model'}: only models of single cells can be fine-tuned; train a model "
+            "of samples with 'phenoseq train'"
         )
     target = _free(out)
     data = FinetuneData(store, base, split, channels=channels, genes=genes, seed=seed)

@@ -204,7 +204,7 @@ def test_the_same_stains_in_another_order_give_the_same_tokens(base, other, rng)
     model, _ = adapted(base, other, channels=("Mito", "DNA", "RNA"))
     order = [2, 0, 1]
     with torch.no_grad():
-        images = (torch.rand(4, 3, 32, 32, generator=rng) * 255)
+        images = torch.rand(4, 3, 32, 32, generator=rng) * 255
         model.image_mean.copy_(base.image_mean)
         model.image_std.copy_(base.image_std)
         torch.testing.assert_close(model.encode(images[:, order])[0], base.encode(images)[0])
