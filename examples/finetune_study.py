@@ -4,9 +4,9 @@
     python examples/finetune_study.py merscope MERSCOPE.zarr OUT # another assay, tissue and stains
 
 ``section`` trains a base model on the left half of a section, and goes on with cells of the right
-half. ``merscope`` starts from the released xenium-pancreas, and holds out each fifth of the tissue in
-turn. Both leave a table, results.csv, and a figure, results.png, in OUT, and go on where they were
-stopped.
+half. ``merscope`` starts from the released xenium-pancreas, and holds out each fifth of the tissue
+in turn. Both leave a table, results.csv, and a figure, results.png, in OUT, and go on where they
+were stopped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     {"section": section, "merscope": merscope}[options.study](study, options)
 
 
-# ------------------------------------------------------------------------------------- the two studies
+# ---------------------------------------------------------------------------------- the two studies
 
 
 def section(study: Study, options: argparse.Namespace) -> None:
@@ -136,7 +136,7 @@ class Case:
         return by_role(self.column)
 
 
-# ------------------------------------------------------------------------------------ trained and scored
+# ------------------------------------------------------------------------------- trained and scored
 
 
 class Study:
@@ -291,7 +291,7 @@ def trained(store: Path, column: str, out: Path, epochs: int) -> PhenoSeq:
     return PhenoSeq.load(out / "model")
 
 
-# ------------------------------------------------------------------------------------------- the store
+# ---------------------------------------------------------------------------------------- the store
 
 
 def by_role(column: str) -> SplitConfig:

@@ -42,7 +42,7 @@ _SAME_SIZE = 0.01
 
 @dataclass(frozen=True)
 class Overlap:
-    """Names of the base model and of the new data: in both, in the data alone, in the base alone."""
+    """Names in the base model and the new data, in the data alone, and in the base alone."""
 
     shared: tuple[str, ...]
     new: tuple[str, ...]
@@ -319,7 +319,7 @@ def _turn(
     return left @ right
 
 
-# ------------------------------------------------------------------------------ denoiser and encoder
+# ----------------------------------------------------------------------------- denoiser and encoder
 
 
 @torch.no_grad()

@@ -184,8 +184,8 @@ class FinetuneData(StoreDataModule):
             and self.parts.digest != record.split_digest
         ):
             raise DataError(
-                f"{self.store}: divides its cells otherwise than the base model was trained with, so "
-                "that cells it has seen would be tested; prepare the store with the same options"
+                f"{self.store}: divides its cells otherwise than the base model was trained with, "
+                "so that cells it has seen would be tested; prepare the store with the same options"
             )
         if self._genes is not None:
             empty = np.asarray(self.opened.table().X.sum(axis=1)).ravel() == 0
@@ -400,8 +400,9 @@ def _warn(kept: Adaptation, data: FinetuneData, freeze: Freeze) -> None:
         old, new = kept.pixel_size
         found.append(
             f"{data.store}: a pixel is {new} um, and was {old} um to the base model, which takes "
-            f"cells for {old / new:.2g} times their size. 'phenoseq prepare --crop-pixel-size {old} "
-            f"--crop-px {kept.crop_px[0]}' makes crops as it knows them; else unfreeze the encoder"
+            f"cells for {old / new:.2g} times their size. 'phenoseq prepare --crop-pixel-size "
+            f"{old} --crop-px {kept.crop_px[0]}' makes crops as it knows them; else unfreeze the "
+            "encoder"
         )
     if kept.stains.new and freeze != "none":
         found.append(

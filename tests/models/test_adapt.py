@@ -51,7 +51,7 @@ def dense(cells, columns=slice(None)):
     return torch.from_numpy(cells.counts.toarray()[:, columns])
 
 
-# --------------------------------------------------------------------------------------------- genes
+# -------------------------------------------------------------------------------------------- genes
 
 
 def test_the_same_panel_keeps_space_network_and_base(base, other):
@@ -176,7 +176,7 @@ def test_a_small_panel_gets_a_smaller_latent(base, train):
     assert model.denoiser.outward.weight.shape[0] == 5
 
 
-# -------------------------------------------------------------------------------- stains and crops
+# --------------------------------------------------------------------------------- stains and crops
 
 
 @pytest.mark.parametrize("mode", ["joint", "separate"])

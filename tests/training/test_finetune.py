@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -118,7 +119,9 @@ def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monke
     losses_of = FinetuneModule.validation_losses
     monkeypatch.setattr(  # the first epoch is the best
         FinetuneModule, "validation_losses",
-        lambda self, batch: {k: v + 9 * self.current_epoch for k, v in losses_of(self, batch).items()},
+        lambda self, batch: {
+            name: loss + 9 * self.current_epoch for name, loss in losses_of(self, batch).items()
+        },
     )  # fmt: skip
     new = tuned(base, store, tmp_path / "new", epochs=12, freeze="all-but-head").state_dict()
     assert len(losses(tmp_path / "new.run")) == module_of.PATIENCE + 1  # and then it stopped
@@ -176,7 +179,7 @@ def test_only_training_cells_are_trained_on(base, store, no_training):
     assert [sorted(rows) for rows in no_training] == [train, train]
 
 
-# -------------------------------------------------------------------------------- genes and stains
+# --------------------------------------------------------------------------------- genes and stains
 
 
 def test_some_genes_and_stains_of_a_store(base, store, no_training):
@@ -189,7 +192,7 @@ def test_some_genes_and_stains_of_a_store(base, store, no_training):
     made = phenoseq.predict(crops, model=new, channels=stains, pixel_size=store.manifest.pixel_size,
                             n_samples=2, device="cpu")  # fmt: skip
     assert made.shape == (4, 18)
-    with pytest.raises(DataError, match="near|for example"):
+    with pytest.raises(DataError, match="for example"):
         tuned(base, store, channels=["DAPPI"])
     with pytest.raises(DataError, match="have no 'NOGENE'"):
         tuned(base, store, genes=["NOGENE"])
@@ -218,7 +221,7 @@ def test_cells_without_counts_of_the_chosen_genes_are_left_out(base, store):
     assert set(kept) == set(np.flatnonzero(total > 0))
 
 
-# ----------------------------------------------------------------------------- warnings and errors
+# ------------------------------------------------------------------------------ warnings and errors
 
 
 def test_it_warns_of_few_cells_and_of_new_stains(base, store, monkeypatch, no_training):
@@ -290,7 +293,7 @@ def test_the_command(folder, store, tmp_path, capsys, no_training):
     assert "exists already" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def test_cached_tokens_are_those_of_the_encoder(base, store, tmp_path):
@@ -340,22 +343,25 @@ def test_the_token_stream_gives_every_cell_once_and_goes_on_where_it_was(base, s
     cache = cache_tokens(base, store, rows, tmp_path, views=2)
     how = {"batch_size": 16, "shuffle": True, "seed": 1}
     stream = TokenStream(cache, rows, **how)
-    batches = [batch["rows"].tolist() for batch in stream]
+    batches = given(stream)
     assert len(batches) == len(stream) == 5
-    assert sorted(sum(batches, [])) == rows.tolist()
+    assert sorted(chain(*batches)) == rows.tolist()
     stream.start = 3
-    assert [batch["rows"].tolist() for batch in stream] == batches[3:]
+    assert given(stream) == batches[3:]
     stream.start, stream.epoch = 0, 1
-    assert [batch["rows"].tolist() for batch in stream] != batches
+    assert given(stream) != batches
     ranks = []
     for rank in range(3):
         stream = TokenStream(cache, rows, **how, workers=2)
         stream.world, stream.rank = 3, rank
-        stream._turn = lambda: (0, 0)
-        ranks.append(sum((b["rows"].tolist() for b in stream), []))
-        stream._turn = lambda: (1, 0)
-        ranks.append(sum((b["rows"].tolist() for b in stream), []))
-    assert sorted(sum(ranks, [])) == rows.tolist()
+        for worker in range(2):
+            stream._turn = lambda worker=worker: (worker, 0)
+            ranks += given(stream)
+    assert sorted(chain(*ranks)) == rows.tolist()
+
+
+def given(stream):
+    return [batch["rows"].tolist() for batch in stream]
 
 
 def test_one_cached_level_has_the_loss_of_several_on_average(base, store):
@@ -379,7 +385,7 @@ def test_one_cached_level_has_the_loss_of_several_on_average(base, store):
     base.requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------------- kill, resume
+# ------------------------------------------------------------------------------------- kill, resume
 
 _RUN = """
 import sys, phenoseq, warnings
