@@ -416,8 +416,8 @@ def finetune(
     lr
         Highest learning rate; by default 0.001 where the encoder is frozen, else 0.0003.
     cache
-        Keep the tokens of a frozen encoder on disk while training (four of the eight symmetries of
-        each crop). Without it crops are encoded in every epoch, with all augmentations.
+        Keep the tokens of a frozen encoder on disk while training . Without it crops are
+        encoded in every epoch, with all augmentations.
     seed
         Of all that is fitted and drawn.
     device

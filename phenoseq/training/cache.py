@@ -2,7 +2,7 @@
 
 Layout, in a folder named by the digest of all that the tokens depend on::
 
-    KEY/tokens.npy                       float16 (V, n, N, dim): V views of each of n cells
+    KEY/tokens.npy                       float16 (n, N, dim), of the crops as they are
     KEY/indptr.npy indices.npy data.npy  their counts, as CSR (n, g)
     KEY/rows.npy                         int64 (n,): their positions in the store, rising
 """
@@ -24,7 +24,6 @@ from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.dataset import Batch, EpochStream, as_tensor
 from phenoseq.data.store import Store, whole_or_nothing
 from phenoseq.models.phenoseq import PhenoSeq
-from phenoseq.training.augment import turn
 
 Progress = Callable[[int, int], None]
 Rows = NDArray[np.int64]
@@ -53,11 +52,11 @@ class TokenCache:
         self.counts.data, self.counts.indices = data, indices  # not copied, nor looked through
         self.counts.indptr = np.load(path / "indptr.npy")
 
-    def batch(self, rows: Rows, views: Rows) -> Batch:
+    def batch(self, rows: Rows) -> Batch:
         """Return ``{"tokens": (B, N, dim), "counts": (B, g), "rows": (B,)}`` of cells, float32."""
         at = np.searchsorted(self.rows, rows)
         return {
-            "tokens": torch.from_numpy(self.tokens[views, at]).float(),
+            "tokens": torch.from_numpy(self.tokens[at]).float(),
             "counts": torch.from_numpy(self.counts[at].toarray()),
             "rows": torch.from_numpy(rows),
         }
@@ -69,12 +68,11 @@ def cache_tokens(
     rows: Rows,
     folder: Path,
     *,
-    views: int,
     progress: Progress | None = None,
 ) -> TokenCache:
     """Encode cells once, or find what was encoded before.
 
-    What is there is used only where encoder, store, cells and views are those it was made from; and
+    What is there is used only where encoder, store and cells are those it was made from; and
     it is there whole or not at all.
 
     Parameters
@@ -85,8 +83,6 @@ def cache_tokens(
         The cells, positions in the store.
     folder
         In which the folder of the cache is made.
-    views
-        Of the eight symmetries of a crop, how many are encoded, the crop as it is first.
     progress
         Called with (cells done, cells in all).
 
@@ -96,12 +92,12 @@ def cache_tokens(
         Where the disk is full, or the store cannot be read.
     """
     rows = np.sort(rows)
-    path = folder / _key(model, store, rows, views)
+    path = folder / _key(model, store, rows)
     if not path.exists():
         with whole_or_nothing(path) as partial:
             partial.mkdir(parents=True)
             _write_counts(store, rows, partial)
-            _write_tokens(model, store, rows, views, partial, progress)
+            _write_tokens(model, store, rows, partial, progress)
             np.save(partial / "rows.npy", rows)
     return TokenCache(path, len(store.manifest.genes))
 
@@ -111,7 +107,6 @@ def _write_tokens(
     model: PhenoSeq,
     store: Store,
     rows: Rows,
-    views: int,
     folder: Path,
     progress: Progress | None,
 ) -> None:
@@ -120,15 +115,14 @@ def _write_tokens(
     n = len(rows)
     size = model.encode(as_tensor(store.take(rows[:1])).to(device))[0].shape[1:]
     tokens = np.lib.format.open_memmap(
-        folder / "tokens.npy", "w+", np.dtype(np.float16), (views, n, *size)
+        folder / "tokens.npy", "w+", np.dtype(np.float16), (n, *size)
     )
     for start in range(0, n, _READ):
         images = as_tensor(store.take(rows[start : start + _READ]))
         for at in range(0, len(images), _BATCH):
             crops = images[at : at + _BATCH].to(device).float()
             place = slice(start + at, start + at + len(crops))
-            for view in range(views):
-                tokens[view, place] = model.encode(turn(crops, view))[0].half().cpu().numpy()
+            tokens[place] = model.encode(crops)[0].half().cpu().numpy()
             if progress is not None:
                 progress(place.stop, n)
     tokens.flush()
@@ -155,11 +149,10 @@ def _write_counts(store: Store, rows: Rows, folder: Path) -> None:
     np.save(folder / "indptr.npy", indptr.astype(index))
 
 
-def _key(model: PhenoSeq, store: Store, rows: Rows, views: int) -> str:
+def _key(model: PhenoSeq, store: Store, rows: Rows) -> str:
     """Return the digest of all that the tokens and counts depend on."""
     facts = {
         "layout": 1,
-        "views": views,
         "cells": len(store),
         "store": asdict(store.manifest),
         "image": asdict(model.config.image),
@@ -174,7 +167,7 @@ def _key(model: PhenoSeq, store: Store, rows: Rows, views: int) -> str:
 
 
 class TokenStream(EpochStream):
-    """Batches of a :class:`TokenCache`, every cell once an epoch, in any of its views.
+    """Batches of a :class:`TokenCache`, every cell once an epoch.
 
     Parameters
     ----------
@@ -183,7 +176,7 @@ class TokenStream(EpochStream):
     rows
         Cells to stream, all in the cache.
     batch_size, shuffle, seed, workers
-        See :class:`~phenoseq.data.dataset.EpochStream`; without ``shuffle`` crops are as they are.
+        See :class:`~phenoseq.data.dataset.EpochStream`.
     """
 
     def __init__(
@@ -212,14 +205,13 @@ class TokenStream(EpochStream):
         """Iterate over the batches of this rank and worker."""
         number, skip = self._turn()
         cache = TokenCache(self.store, self._genes)
-        rows, views = self.rows, np.zeros(len(self.rows), dtype=np.int64)
+        rows = self.rows
         if self.shuffle:
-            rng = np.random.default_rng([self.seed, self.epoch])
-            rows, views = rng.permutation(rows), rng.integers(len(cache.tokens), size=len(rows))
+            rows = np.random.default_rng([self.seed, self.epoch]).permutation(rows)
         reader = number * self.world + self.rank
-        own = np.array_split(np.arange(len(rows)), self.world * self.workers)[reader]
+        own = np.array_split(rows, self.world * self.workers)[reader]
         for some in np.array_split(own, self._each)[skip:]:
-            yield cache.batch(rows[some], views[some])
+            yield cache.batch(some)
 
 
 class CachedDataModule(StoreDataModule):

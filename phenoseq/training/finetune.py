@@ -58,8 +58,6 @@ _LR = {"encoder": 1e-3, "all-but-head": 1e-3, "none": 3e-4}
 LAYER_DECAY = 0.7
 #: Epochs without a better validation loss after which training stops.
 PATIENCE = 8
-#: Views of each crop that are cached.
-VIEWS = 4
 #: Batches an epoch that few cells are still cut into, and the least and largest batch.
 _BATCHES, _LEAST, _LARGEST = 16, 16, 128
 #: In the folder of the run: what of the base model was kept, every gene and stain by name.
@@ -110,9 +108,7 @@ def finetune(
             rows = np.union1d(data.parts.rows("train"), data.some("val", data.max_val))
             folder = root / "tokens"
             with bar("encoding cells") as progress:
-                tokens = cache_tokens(
-                    model, data.opened, rows, folder, views=VIEWS, progress=progress
-                )
+                tokens = cache_tokens(model, data.opened, rows, folder, progress=progress)
             used = CachedDataModule(data, tokens)
         module = FinetuneModule(
             model,

@@ -21,7 +21,7 @@ import phenoseq
 from phenoseq.data.splits import SplitConfig
 from phenoseq.training.cache import CachedDataModule, cache_tokens
 from phenoseq.training.callbacks import WarmEMA
-from phenoseq.training.finetune import VIEWS, FinetuneData, FinetuneModule
+from phenoseq.training.finetune import FinetuneData, FinetuneModule
 
 WARM, STEPS = 4, 40
 
@@ -68,10 +68,10 @@ def main(store: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as where:
         some = rows[: 8 * data.batch_size]
         start = time.perf_counter()
-        cache_tokens(model, data.opened, some, Path(where) / "some", views=1)
+        cache_tokens(model, data.opened, some, Path(where) / "some")
         encode = (time.perf_counter() - start) / len(some) * len(rows)
         many = rows[: (WARM + STEPS) * data.batch_size]
-        cache = cache_tokens(model, data.opened, many, Path(where), views=1)
+        cache = cache_tokens(model, data.opened, many, Path(where))
         cached = CachedDataModule(data, cache)
         cached.parts = type(data.parts)(
             np.where(np.isin(np.arange(len(data.opened)), many), "train", "out"),
@@ -93,7 +93,7 @@ def main(store: str, name: str) -> None:
     for way, took in seconds.items():
         print(f"| {way} | {took:.1f} | {took / seconds['cached']:.1f} |")
     size = cache.tokens.nbytes / len(many) * len(rows) / 1e6
-    print(f"\nEncoding once: {encode:.0f} s and {size:.0f} MB a view, {VIEWS} views.")
+    print(f"\nEncoding once: {encode:.0f} s and {size:.0f} MB.")
 
 
 if __name__ == "__main__":

@@ -298,10 +298,9 @@ def test_the_command(folder, store, tmp_path, capsys, no_training):
 
 def test_cached_tokens_are_those_of_the_encoder(base, store, tmp_path):
     rows = np.array([5, 2, 300, 77])
-    cache = cache_tokens(base, store, rows, tmp_path, views=8)
-    batch = cache.batch(np.array([77, 2]), np.array([0, 5]))
+    cache = cache_tokens(base, store, rows, tmp_path)
+    batch = cache.batch(np.array([77, 2]))
     crops = torch.from_numpy(store.take(np.array([77, 2])).astype(np.float32))
-    crops[1] = torch.rot90(crops[1], 1, (1, 2)).flip(2)
     with torch.no_grad():
         torch.testing.assert_close(batch["tokens"], base.encode(crops)[0], atol=4e-3, rtol=2e-3)
     expected = store.counts(np.array([77, 2])).toarray()
@@ -310,22 +309,21 @@ def test_cached_tokens_are_those_of_the_encoder(base, store, tmp_path):
 
 def test_a_stale_cache_is_not_used(base, store, tmp_path):
     rows = np.arange(20)
-    first = cache_tokens(base, store, rows, tmp_path, views=1).path
+    first = cache_tokens(base, store, rows, tmp_path).path
     stamp = (first / "tokens.npy").stat().st_mtime_ns
-    assert cache_tokens(base, store, rows[::-1], tmp_path, views=1).path == first
+    assert cache_tokens(base, store, rows[::-1], tmp_path).path == first
     assert (first / "tokens.npy").stat().st_mtime_ns == stamp
     others = [
-        cache_tokens(base, store, rows[1:], tmp_path, views=1).path,
-        cache_tokens(base, store, rows, tmp_path, views=2).path,
+        cache_tokens(base, store, rows[1:], tmp_path).path,
         cache_tokens(base, SelectedStore(store.path, genes=store.manifest.genes[:9]), rows,
-                     tmp_path, views=1).path,
+                     tmp_path).path,
     ]  # fmt: skip
     with torch.no_grad():
         base.encoder.position[0, 0] += 1e-3
-    others.append(cache_tokens(base, store, rows, tmp_path, views=1).path)
+    others.append(cache_tokens(base, store, rows, tmp_path).path)
     with torch.no_grad():
         base.encoder.position[0, 0] -= 1e-3
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 4
 
 
 def test_a_cache_that_was_cut_short_is_not_there(base, store, tmp_path, monkeypatch):
@@ -334,13 +332,13 @@ def test_a_cache_that_was_cut_short_is_not_there(base, store, tmp_path, monkeypa
 
     monkeypatch.setattr("phenoseq.training.cache._write_tokens", full)
     with pytest.raises(DataError, match="the disk is full"):
-        cache_tokens(base, store, np.arange(20), tmp_path, views=1)
+        cache_tokens(base, store, np.arange(20), tmp_path)
     assert not [p for p in tmp_path.rglob("*.npy")]
 
 
 def test_the_token_stream_gives_every_cell_once_and_goes_on_where_it_was(base, store, tmp_path):
     rows = np.arange(10, 75)
-    cache = cache_tokens(base, store, rows, tmp_path, views=2)
+    cache = cache_tokens(base, store, rows, tmp_path)
     how = {"batch_size": 16, "shuffle": True, "seed": 1}
     stream = TokenStream(cache, rows, **how)
     batches = given(stream)
