@@ -28,7 +28,8 @@ from phenoseq.data import store as store_module
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import open_source
 from phenoseq.data.source import FieldImage, Level, Problem
-from phenoseq.data.store import Manifest, Store, is_store, write_store
+from phenoseq.data.store import Manifest, Store, is_store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from phenoseq.data import store as store_module
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.dataset import CellStream
 from phenoseq.data.splits import SplitConfig
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError
 
 BY_WELL = SplitConfig(by="Metadata_Well", block=None, test=0.2, val=0.25, cal=0.1)
