@@ -16,6 +16,8 @@ from phenoseq.data.window import Window
 from phenoseq.errors import DataError
 
 Rows = NDArray[np.int64]
+# Batches that a worker may be ahead: it makes many at once, when a window is read.
+_AHEAD = 8
 
 
 class EpochStream(IterableDataset[Item]):
@@ -227,6 +229,7 @@ class BatchLoader(DataLoader[Item]):
             batch_size=None,
             num_workers=num_workers,
             multiprocessing_context="spawn" if num_workers else None,
+            prefetch_factor=_AHEAD if num_workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

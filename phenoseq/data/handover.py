@@ -26,6 +26,8 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 # Before the arrays, a byte for each that is 1 as long as it is in use. Arrays begin at multiples.
 _HEAD = 64
+# Batches that new memory is made for at once: to hand memory over takes longer than a batch.
+_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,17 @@ class Parcel:
 
     Attributes
     ----------
-    reader, slot
-        Whose memory it is, and which piece of it.
+    reader, block, place
+        Whose memory it is, which piece of it, and where in that the batch begins.
     spec
-        What lies in it.
+        What lies there.
     memory
         The piece itself, where the training process has not seen it before.
     """
 
     reader: int
-    slot: int
+    block: int
+    place: int
     spec: Spec
     memory: Tensor | None
 
@@ -69,37 +72,44 @@ class Outbox:
 
     def __init__(self, reader: int) -> None:
         self.reader = reader
-        self._slots: list[NDArray[np.uint8]] = []
+        self._blocks = 0
+        self._slots: list[tuple[int, int, NDArray[np.uint8]]] = []
 
     def new(self, spec: Spec) -> tuple[Parcel, Arrays]:
         """Return a parcel, to be sent, and its arrays, to be written before."""
         size = _HEAD + sum(_size(*entry) for entry in spec.values())
-        for slot, memory in enumerate(self._slots):
-            if len(memory) >= size and not memory[:_HEAD].any():
-                parcel = Parcel(self.reader, slot, spec, None)
-                break
-        else:
-            shared = torch.zeros(size, dtype=torch.uint8)
+        shared = None
+        free = self._free(size)
+        if free is None:
+            shared = torch.zeros(_SLOTS * size, dtype=torch.uint8)
             shared.share_memory_()  # type: ignore[no-untyped-call]
-            memory = shared.numpy()
-            parcel = Parcel(self.reader, len(self._slots), spec, shared)
-            self._slots.append(memory)
+            free = len(self._slots)
+            for at in range(0, _SLOTS * size, size):
+                self._slots.append((self._blocks, at, shared.numpy()[at : at + size]))
+            self._blocks += 1
+        block, place, memory = self._slots[free]
         memory[: len(spec)] = 1
-        return parcel, dict(_arrays(memory, spec))
+        return Parcel(self.reader, block, place, spec, shared), dict(_arrays(memory, spec))
+
+    def _free(self, size: int) -> int | None:
+        for number, (_, _, memory) in enumerate(self._slots):
+            if len(memory) >= size and not memory[:_HEAD].any():
+                return number
+        return None
 
 
 class Inbox:
     """The training process's end, for one pass."""
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._blocks: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def open(self, parcel: Parcel) -> Batch:
         """Return a batch, whose memory goes back to the reader when the last of it is dropped."""
-        key = (parcel.reader, parcel.slot)
+        key = (parcel.reader, parcel.block)
         if parcel.memory is not None:
-            self._slots[key] = parcel.memory.numpy()
-        memory = self._slots[key]
+            self._blocks[key] = parcel.memory.numpy()
+        memory = self._blocks[key][parcel.place :]
         batch = {}
         for k, (name, array) in enumerate(_arrays(memory, parcel.spec)):
             batch[name] = torch.from_numpy(array)  # holds this very array
