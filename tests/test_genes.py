@@ -45,9 +45,7 @@ def test_only_ensembl_ids_lose_their_version():
 
 def test_genes_without_ensembl_ids_are_told():
     var = gene_table([P53, "", "CLECL1", MOUSE], ["TP53", "NOID", "CLECL1", "Trp53"], "here")
-    with pytest.warns(
-        PhenoseqWarning, match=r"2 genes have no .* of 1 of them, not of \['NOID'\]"
-    ):
+    with pytest.warns(PhenoseqWarning, match=r"2 genes have no .* of 1 of them, not of \['NOID'\]"):
         tell_symbols(var, "here")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
