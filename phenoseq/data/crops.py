@@ -76,8 +76,8 @@ def extents(source: Source) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     codes, levels = _by_cell(source, lambda image: image.levels[0])
     size = np.array([level.pixel_size for level in levels], dtype=np.float64)
     shape = np.array([level.shape for level in levels]).reshape(-1, 2)
-    height: NDArray[np.float64] = shape[codes, 0] * size[codes]
-    width: NDArray[np.float64] = shape[codes, 1] * size[codes]
+    extent = shape * size[:, None]
+    height, width = np.asarray(extent[codes].T, dtype=np.float64)
     return width, height
 
 

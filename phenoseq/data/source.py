@@ -216,6 +216,8 @@ def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
         return
     n, cells = len(problems), sum(p.cells for p in problems)
     shown = _shown(problems)
+    if n == 1 and not n_read:
+        raise DataError(problems[0].reason)
     if n > MAX_PROBLEMS * (n + n_read):
         raise DataError(
             f"{name}: {n} of {n + n_read} fields cannot be used, more than {MAX_PROBLEMS:.0%}: "

@@ -220,23 +220,11 @@ def _check_alike(series: Sequence[tuple[Place, Any, int | None]]) -> None:
             raise DataError(f"{path}: its pyramid differs from that of {first_path}")
 
 
-class _RemoteTiff(tifffile.TiffFile):
-    """A TIFF behind a URL, which closes its connection."""
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self._handle = open_url(url)
-        super().__init__(self._handle, **options)
-
-    def close(self) -> None:
-        super().close()
-        self._handle.close()
-
-
 def open_tiff(path: Place, *, is_ome: bool | None = None) -> tifffile.TiffFile:
     """Open one file, which must be there to its end; ``is_ome=False`` ignores its OME-XML."""
-    kind = tifffile.TiffFile if isinstance(path, Path) else _RemoteTiff
     try:
-        tif = kind(path, is_ome=is_ome)  # type: ignore[arg-type]
+        file = path if isinstance(path, Path) else open_url(path)
+        tif = tifffile.TiffFile(file, is_ome=is_ome)
         whole = _is_whole(tif)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image") from error

@@ -155,8 +155,8 @@ def _path_of(root: Path, element: str) -> str:
 
 def _raster(tree: Tree, path: str) -> Multiscale:
     (image,) = open_multiscales(tree, [path])
-    if image is None:
-        raise DataError(f"{tree.where(path)}: no such element; copy the folder again")
+    if isinstance(image, DataError):
+        raise image
     return image
 
 

@@ -234,9 +234,7 @@ def test_illumination_that_cannot_be_used(gallery, cut_file):
 
 def problem(folder, field, said):
     """Return the source, in which one field with its 9 cells is left out, told and recorded."""
-    with pytest.warns(
-        PhenoseqWarning, match=rf"1 of 5 fields cannot be .*9 cells.*\n.*{said}"
-    ):
+    with pytest.warns(PhenoseqWarning, match=rf"1 of 5 fields cannot be .*9 cells.*\n.*{said}"):
         source = open_source(folder, pixel_size=0.6)
     assert list(source.fields) == [name for name in NAMES if name != field]
     assert set(source.obs["field"]) == set(source.fields)
