@@ -108,7 +108,7 @@ def _by_cell(
 
 
 def _centres(source: Source) -> NDArray[np.float64]:
-    return source.obs[["y_centroid", "x_centroid"]].to_numpy(np.float64)
+    return np.asarray(source.obs[["y_centroid", "x_centroid"]], dtype=np.float64)
 
 
 def _places(

@@ -89,7 +89,7 @@ def add_metadata(source: Source, table: pd.DataFrame, where: str) -> Source:
         )
     problems = _problems(ours[place < 0], of_wells, where)
     if of_wells:
-        tell_problems(problems, len(ours[rows].unique()), f"{source.name} and {where}")
+        tell_problems(problems, len(ours[rows].unique()), f"{source.name} and {where}", what)
     elif problems:
         warnings.warn(f"{where}: {problems[0].reason}", PhenoseqWarning, stacklevel=2)
     idle = len(theirs.difference(ours))

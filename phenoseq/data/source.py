@@ -195,8 +195,10 @@ def _shown(problems: Sequence[Problem]) -> str:
     return "".join(f"\n  {p.where}: {p.reason}" for p in problems[:5]) + more
 
 
-def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
-    """Warn of the fields that are left out; stop where they are too many.
+def tell_problems(
+    problems: Sequence[Problem], n_read: int, name: str, what: str = "fields"
+) -> None:
+    """Warn of the fields (or wells) that are left out; stop where they are too many.
 
     Parameters
     ----------
@@ -206,6 +208,8 @@ def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
         Fields that are there.
     name
         What the source is called.
+    what
+        What the problems are of.
 
     Raises
     ------
@@ -220,11 +224,11 @@ def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
         raise DataError(problems[0].reason)
     if n > MAX_PROBLEMS * (n + n_read):
         raise DataError(
-            f"{name}: {n} of {n + n_read} fields cannot be used, more than {MAX_PROBLEMS:.0%}: "
+            f"{name}: {n} of {n + n_read} {what} cannot be used, more than {MAX_PROBLEMS:.0%}: "
             f"mend or remove them{shown}"
         )
     warnings.warn(
-        f"{name}: {n} of {n + n_read} fields cannot be used and are left out"
+        f"{name}: {n} of {n + n_read} {what} cannot be used and are left out"
         + (f", with {cells} cells" if cells else "")
         + f" (recorded in what is written){shown}",
         PhenoseqWarning,

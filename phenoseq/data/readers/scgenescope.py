@@ -127,6 +127,7 @@ class _Archive:
         self._names = [path.relative_to(folder).with_suffix("").parts for path in self._zips]
         self._open: dict[Path, zipfile.ZipFile] = {}
         self._known: dict[str, tuple[Path, int]] = {}
+        self._broken: dict[Path, DataError] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -154,7 +155,7 @@ class _Archive:
                 for path, name in zip(self._zips, self._names, strict=True)
                 if not n or start in (name[-n:], name[:-1][-n:])
             ]
-            found = [path for path in likely if member[cut:] in self._file(path).NameToInfo]
+            found = [path for path in likely if self._has(path, member[cut:])]
             if len(found) > 1:
                 raise DataError(
                     f"{member}: stands in {found[0]} and in {found[1]}; keep each zip file under "
@@ -162,8 +163,19 @@ class _Archive:
                 )
             if found:
                 return found[0], cut
+        for error in self._broken.values():
+            raise error
         names = [path.name for path in self._zips[:5]]
         raise DataError(f"{member}: in none of the zip files ({names}); is one missing?")
+
+    def _has(self, path: Path, name: str) -> bool:
+        if path in self._broken:
+            return False
+        try:
+            return name in self._file(path).NameToInfo
+        except DataError as error:
+            self._broken[path] = error
+            return False
 
     def _file(self, path: Path) -> zipfile.ZipFile:
         if path not in self._open:

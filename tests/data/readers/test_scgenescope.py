@@ -257,6 +257,8 @@ def test_zip_files_of_one_name_are_told_apart_by_their_folder(folder):
 
 def test_nothing_is_written_outside_by_a_zip_that_climbs(folder, prepare, tmp_path_factory):
     """Names inside the zip file climb out of it; they are read by name or not at all."""
+    (folder / "loop").symlink_to(folder)
+    (folder / "loop.zip").symlink_to(folder / "loop.zip")
     before = set(folder.parent.rglob("*"))
     with zipfile.ZipFile(folder / "plate1.zip", "a") as archive:
         archive.writestr("../../escaped.tif", b"harm")
