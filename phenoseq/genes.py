@@ -61,45 +61,6 @@ def tell_symbols(var: pd.DataFrame, where: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Where the genes of one vocabulary stand in another.
-
-    Attributes
-    ----------
-    have, want
-        Positions of the shared genes in each, int64, of equal length.
-    missing
-        Genes wanted that are not there.
-    """
-
-    have: NDArray[np.int64]
-    want: NDArray[np.int64]
-    missing: list[str]
-
-
-def align_genes(have: Sequence[str], want: Sequence[str], where: str) -> Alignment:
-    """Align two vocabularies by gene id.
-
-    Raises
-    ------
-    DataError
-        Where no gene is shared.
-    """
-    place = pd.Index(have).get_indexer(pd.Index(want))
-    found = place >= 0
-    if not found.any():
-        raise DataError(
-            f"{where}: none of the {len(want)} genes wanted are there (it has {list(have)[:3]}, "
-            f"wanted are {list(want)[:3]}); are both indexed by Ensembl id?"
-        )
-    return Alignment(
-        have=place[found].astype(np.int64),
-        want=np.flatnonzero(found).astype(np.int64),
-        missing=[gene for gene, ok in zip(want, found, strict=True) if not ok],
-    )
-
-
 #: Columns of ``var`` in which files keep Ensembl ids, and symbols, in the order they are tried.
 _ID_COLUMNS = ("gene_ids", "gene_id", "ensembl", "ensembl_id", "ensembl_gene_id", "feature_id")
 _SYMBOL_COLUMNS = ("symbol", "gene_symbols", "gene_symbol", "gene_name", "feature_name")

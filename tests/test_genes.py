@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.genes import (
-    align_genes,
     gene_table,
     genes_of,
     match_genes,
@@ -73,31 +71,6 @@ def test_gene_without_id_and_symbol():
 
 def test_no_genes():
     assert len(gene_table([], [], "here")) == 0
-
-
-def test_align():
-    have, want = ["d", "a", "x", "b"], ["a", "b", "c", "d"]
-    found = align_genes(have, want, "here")
-    assert [have[i] for i in found.have] == [want[i] for i in found.want] == ["a", "b", "d"]
-    assert found.have.tolist() == [1, 3, 0]
-    assert found.want.tolist() == [0, 1, 3]
-    assert found.missing == ["c"]
-    assert found.have.dtype == found.want.dtype == np.int64
-
-
-def test_align_of_equal_vocabularies():
-    genes = [P53, ACTB, "NOID"]
-    found = align_genes(genes, genes, "here")
-    assert found.have.tolist() == found.want.tolist() == [0, 1, 2]
-    assert found.missing == []
-
-
-def test_align_of_nothing_names_both_sides():
-    with pytest.raises(DataError, match=r"table: none of the 2 genes.*'TP53'.*ENSG.*Ensembl id"):
-        align_genes(["TP53", "ACTB"], [P53, ACTB], "table")
-
-
-# ------------------------------------------------------------------------- of AnnData, and matched
 
 
 def test_genes_of_var():

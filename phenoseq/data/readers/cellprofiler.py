@@ -17,11 +17,11 @@ from phenoseq.channels import canonical_channels
 from phenoseq.data.readers.cells import check_cells
 from phenoseq.data.readers.lookup import choose_file, find_files
 from phenoseq.data.readers.planes import Planes, probe_fields
+from phenoseq.data.readers.plate import well_name
 from phenoseq.data.source import Problem, Source, digest_of, tell_problems
 from phenoseq.errors import DataError, PhenoseqWarning
 
 _IMAGE = re.compile(r"Image_FileName_Orig(.+)")
-_WELL = re.compile(r"([A-Za-z]{1,2})0*([0-9]{1,2})")
 #: What tells fields apart, in the names of the field, and the columns that may hold it.
 _KEYS = {
     key: (f"Metadata_{key}", f"Image_Metadata_{key}", *others)
@@ -191,7 +191,7 @@ def _cells(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]
         )
     keys = {key: table[name] for key, name in found.items() if name is not None}
     if "Well" in keys:
-        keys["Well"] = keys["Well"].map(_well)
+        keys["Well"] = keys["Well"].map(well_name)
     for key, values in {**keys, "object": table[number]}.items():
         lacking = int((values == "").sum())
         if lacking:
@@ -223,12 +223,6 @@ def _first(path: Path, table: pd.DataFrame, names: Sequence[str], what: str) -> 
         if name in table:
             return name
     raise DataError(f"{path}: no column for the {what}; it needs one of {list(names)}")
-
-
-def _well(name: str) -> str:
-    """Return ``A01`` for ``a1``; what is no well's name stays as it is."""
-    match = _WELL.fullmatch(name)
-    return f"{match[1].upper()}{int(match[2]):02d}" if match else name
 
 
 def _stated_size(path: Path, table: pd.DataFrame) -> set[float]:
