@@ -27,9 +27,10 @@ from phenoseq.data.pairing import (
     pair_samples,
 )
 from phenoseq.data.samplestore import SAMPLE, SampleManifest, SampleStore
-from phenoseq.data.source import Source
+from phenoseq.data.source import Problem, Source
 from phenoseq.data.store import SCHEMA_VERSION
 from phenoseq.data.storewriter import (
+    UNREADABLE,
     Progress,
     check_ids,
     check_target,
@@ -154,10 +155,11 @@ def write_sample_store(
         group = zarr.create_group(partial, zarr_format=3)
         if isinstance(images, Source):
             members = [m for m in _split_by(ours, pairing.images) if len(m)]
-            rows, stats = write_crops(
+            rows, stats, lost = write_crops(
                 images, members, group, pixel_size, crop_px, _shifted(progress, 0, total)
             )
-            about = _of_crops(images, pixel_size, crop_px, stats)
+            why[np.setdiff1d(ours, rows)] = UNREADABLE
+            about = _of_crops(images, pixel_size, crop_px, stats, lost)
             identity = images.identity
             table = ad.AnnData(obs=_obs(images.obs, rows, pairing.images, pairing))
             table.obsm["spatial"] = images.obs[["x_centroid", "y_centroid"]].to_numpy("f8")[rows]
@@ -225,7 +227,11 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress | Non
 
 
 def _of_crops(
-    source: Source, pixel_size: float, crop_px: int, stats: list[dict[str, float]]
+    source: Source,
+    pixel_size: float,
+    crop_px: int,
+    stats: list[dict[str, float]],
+    lost: tuple[Problem, ...],
 ) -> dict[str, Any]:
     return {
         "kind": source.kind,
@@ -236,7 +242,7 @@ def _of_crops(
         "source_pixel_size": source.pixel_size,
         "dtype": source.dtype.name,
         "channel_stats": dict(zip(source.channels, stats, strict=True)),
-        "problems": tuple(asdict(problem) for problem in source.problems),
+        "problems": tuple(asdict(problem) for problem in (*source.problems, *lost)),
     }
 
 

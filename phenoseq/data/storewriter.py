@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 
 from phenoseq._version import __version__
 from phenoseq.data.arrays import RowWriter, create_rows
-from phenoseq.data.crops import crop_order, iter_crops, outside
+from phenoseq.data.crops import crop_order, extents, iter_crops, outside
 from phenoseq.data.csr import CsrWriter
-from phenoseq.data.source import Source
+from phenoseq.data.source import Lost, Problem, Source
 from phenoseq.data.store import SCHEMA_VERSION, Manifest, Store, is_store
 from phenoseq.disk import room_for
 from phenoseq.errors import DataError
 
 Progress = Callable[[int, int], None]
+#: Why a cell is left out whose pixels cannot be read; the file stands among the problems.
+UNREADABLE = "image that cannot be read"
 # In a folder that is being written, locked by the process that writes it.
 _LOCK = "lock"
 
@@ -47,8 +49,9 @@ def write_store(
 ) -> Store:
     """Write a source with expression as a store, whole or not at all.
 
-    Cells outside the image, cut by its border, without counts, or with fewer than ``min_counts``
-    are left out; they stand in ``excluded`` with the reason, and their number in the manifest.
+    Cells outside the image, cut by its border, without counts, with fewer than ``min_counts``, or
+    whose pixels cannot be read are left out; they stand in ``excluded`` with the reason, and their
+    number in the manifest.
 
     Parameters
     ----------
@@ -69,7 +72,7 @@ def write_store(
     ------
     DataError
         Where the source has no counts, two cells have one id, no cell is left, something is at
-        ``path`` or is being written there, an image cannot be read, or the disk is full.
+        ``path`` or is being written there, too many images cannot be read, or the disk is full.
     """
     path = Path(path)
     if source.counts is None or source.var is None:
@@ -87,7 +90,9 @@ def write_store(
     with whole_or_nothing(path, overwrite=overwrite) as partial:
         group = zarr.create_group(partial, zarr_format=3)
         kept = np.flatnonzero(keep)
-        rows, stats = write_crops(source, [kept], group, pixel_size, crop_px, progress)
+        rows, stats, lost = write_crops(source, [kept], group, pixel_size, crop_px, progress)
+        reason[np.setdiff1d(kept, rows)] = UNREADABLE
+        keep = reason == ""
         obs = source.obs.iloc[rows].copy()
         obs["total_counts"] = np.asarray(source.counts[rows].sum(axis=1)).ravel()
         table = ad.AnnData(
@@ -119,7 +124,7 @@ def write_store(
             min_counts=min_counts,
             excluded={str(k): int(v) for k, v in excluded["reason"].value_counts().items()},
             version=__version__,
-            problems=tuple(asdict(problem) for problem in source.problems),
+            problems=tuple(asdict(problem) for problem in (*source.problems, *lost)),
         )
         group.attrs["phenoseq"] = asdict(manifest)
     return Store(path)
@@ -127,7 +132,7 @@ def write_store(
 
 def _exclusions(
     source: Source, pixel_size: float, crop_px: int, min_counts: int
-) -> NDArray[np.str_]:
+) -> NDArray[np.object_]:
     """Return why each cell is left out, empty where it is kept."""
     assert source.counts is not None
     total = np.asarray(source.counts.sum(axis=1)).ravel()
@@ -137,7 +142,7 @@ def _exclusions(
         f"fewer than {min_counts} counts": total < min_counts,
     }
     few = np.select(list(conditions.values()), list(conditions), default="")
-    return np.where(reason == "", few, reason)
+    return np.where(reason == "", few, reason).astype(object)
 
 
 def off_image(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.str_]:
@@ -145,12 +150,7 @@ def off_image(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.str
     off = outside(source)
     half = pixel_size * crop_px / 2
     x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
-    full = {name: image.levels[0] for name, image in source.fields.items()}
-    field = source.obs["field"].astype(object)
-    height, width = (
-        field.map({n: level.shape[k] * level.pixel_size for n, level in full.items()}).to_numpy()
-        for k in (0, 1)
-    )
+    width, height = extents(source)
     border = (x < half) | (y < half) | (x > width - half) | (y > height - half)
     conditions = {"outside the image": off, "cut by the border": border}
     return np.select(list(conditions.values()), list(conditions), default="")
@@ -188,13 +188,18 @@ def write_crops(
     pixel_size: float,
     crop_px: int,
     progress: Progress | None,
-) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
+) -> tuple[NDArray[np.int64], list[dict[str, float]], tuple[Problem, ...]]:
     """Write the crops of some cells, one group of cells after the other.
 
     Returns
     -------
-    The cells in the order of the crops (within a group that in which the image is read), and the
-    statistics of each channel.
+    The cells in the order of the crops (within a group that in which the image is read), the
+    statistics of each channel, and what could not be read, which is told in a warning.
+
+    Raises
+    ------
+    DataError
+        Where more than a fifth of the cells cannot be read, or the disk is full.
     """
     rows = np.concatenate(
         [
@@ -202,21 +207,25 @@ def write_crops(
             for members in groups
         ]
     )
-    shape = (len(rows), len(source.channels), crop_px, crop_px)
+    shape = (0, len(source.channels), crop_px, crop_px)
     axes = ("cell", "channel", "y", "x")
     array = create_rows(group, "crops", shape, source.dtype, axes)
     writer = RowWriter(array)
     histogram = _Histogram(len(source.channels), source.dtype)
-    done = 0
-    size = array.chunks[0]
-    for batch in iter_crops(source, pixel_size, crop_px, batch_size=size, rows=rows):
+    lost = Lost(source.name, len(rows))
+    written, done = [], 0
+    for batch in iter_crops(
+        source, pixel_size, crop_px, batch_size=array.chunks[0], rows=rows, lost=lost.add
+    ):
         histogram.add(batch.images)
         writer.add(batch.images)
+        written.append(batch.rows)
         done += len(batch.rows)
         if progress is not None:
-            progress(done, len(rows))
+            progress(done + lost.cells, len(rows))
     writer.flush()
-    return rows, histogram.stats()
+    lost.tell()
+    return np.concatenate(written), histogram.stats(), tuple(lost.problems)
 
 
 def _images_of(source: Source, rows: NDArray[np.int64]) -> Source:
