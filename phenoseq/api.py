@@ -31,12 +31,12 @@ from phenoseq.evaluation.report import (
 )
 from phenoseq.inference.bagged import bag_job, describe_features
 from phenoseq.inference.eightbit import EightBit
-from phenoseq.inference.extract import check_source, image_features
+from phenoseq.inference.extract import check_source, feature_job
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import image_job
-from phenoseq.inference.table import Job, predict_file, predict_table
-from phenoseq.inference.writer import check_out, open_table
-from phenoseq.models.features import FeatureExtractor, load_extractor
+from phenoseq.inference.table import make_table, predict_table
+from phenoseq.inference.writer import check_out
+from phenoseq.models.features import Extractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
@@ -62,7 +62,7 @@ def predict(
     sample: str | None = None,
     published_steps: bool = False,
     eight_bit: EightBit | None = None,
-    extractor: str | Path | FeatureExtractor | None = None,
+    extractor: str | Path | Extractor | None = None,
 ) -> ad.AnnData:
     """Predict the gene expression of every cell of some images, or embeddings of samples.
 
@@ -114,8 +114,8 @@ def predict(
         :meth:`phenoseq.models.published.PublishedPhenoSeq.generate`.
     eight_bit, extractor
         For a model of features and a source of images: how pixels become 8 bits, see
-        :func:`phenoseq.inference.extract.image_features`; and the network that makes the features,
-        or the file of its weights, by default where torchvision keeps them.
+        :func:`phenoseq.embed`; and the network that makes the features, or the file of its
+        weights, by default where torchvision keeps them.
 
     Returns
     -------
@@ -197,15 +197,7 @@ def predict(
         keep_draws=keep_draws,
         name=name,
     )
-    return _do(job, path)
-
-
-def _do(job: Job, path: Path | None) -> ad.AnnData:
-    with bar("predicting") as progress:
-        if path is None:
-            return predict_table(job, progress)
-        predict_file(job, path, progress)
-    return open_table(path)
+    return make_table(job, path, "predicting")
 
 
 def _predict_bags(
@@ -217,7 +209,9 @@ def _predict_bags(
             f"{features.name}: say which sample each cell is of: sample= (--sample) names a column "
             f"of obs, one of {[str(column) for column in features.obs.columns][:20]}"
         )
-    return _do(bag_job(model, features, sample, **how), path)
+    job = bag_job(model, features, sample, **how)
+    del features  # with the names of all cells, before the work
+    return make_table(job, path, "predicting")
 
 
 def _features_of(
@@ -228,7 +222,7 @@ def _features_of(
     pixel_size: float | None,
     format: str | None,
     eight_bit: EightBit | None,
-    extractor: str | Path | FeatureExtractor | None,
+    extractor: str | Path | Extractor | None,
     device: str,
 ) -> ad.AnnData:
     """Make the features that a model reads from images and positions of cells."""
@@ -246,18 +240,16 @@ def _features_of(
             f"of obs, one of {[str(c) for c in source.obs if str(c).startswith('Metadata_')]}"
         )
     check_source(source, model.config.features.channels, eight_bit=eight_bit, sample=sample)
-    if not isinstance(extractor, FeatureExtractor):
+    if not isinstance(extractor, Extractor):
         extractor = load_extractor(weights=extractor)
-    made, size = extractor.config.n_features, model.config.sizes.features
-    if extractor.config.channels != model.config.features.channels or made != size:
+    made, size = extractor.n_features, model.config.sizes.features
+    if extractor.channels != model.config.features.channels or made != size:
         raise ModelError(
-            f"{extractor.config.name}: makes {made} features of {list(extractor.config.channels)}, "
+            f"{extractor.name}: makes {made} features of {list(extractor.channels)}, "
             f"the model reads {size}: {describe_features(model)}"
         )
-    with bar("making features") as progress:
-        return image_features(
-            source, extractor, eight_bit=eight_bit, sample=sample, device=device, progress=progress
-        )
+    job = feature_job(source, extractor, eight_bit=eight_bit, sample=sample, device=device)
+    return make_table(job, None, "making features")
 
 
 def _refuse(given: dict[str, Any], kind: str) -> None:

@@ -192,6 +192,7 @@ def _batches(
         places = places.reshape(len(some), -1)
         for start in range(0, len(some), batch_size):
             yield some[start : start + batch_size], held[places[start : start + batch_size]]
+        del held  # before the next are read
 
 
 def _sampling(model: PublishedPhenoSeq, steps: int | None, published: bool) -> dict[str, Any]:
