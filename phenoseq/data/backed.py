@@ -279,7 +279,7 @@ class _File:
     def record(self) -> dict[str, Any]:
         """``uns["phenoseq"]``, or nothing."""
         found = self.node.uns if self._in_memory else self.node.get("uns", {})
-        record = found["phenoseq"] if "phenoseq" in found else {}
+        record = found.get("phenoseq", {})
         if isinstance(record, h5py.Group | zarr.Group):
             record = ad.io.read_elem(record)
         return record if isinstance(record, dict) else {}

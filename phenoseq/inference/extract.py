@@ -78,8 +78,8 @@ def embed(
     sample
         A column of the source's ``obs`` to keep, besides positions and ``Metadata_*``.
     pixel_size, format, device, out
-        As for :func:`phenoseq.predict`: a file is written block by block, and a run that was stopped goes
-        on.
+        As for :func:`phenoseq.predict`: a file is written block by block, and a run that was
+        stopped goes on.
     yes
         Download the weights where they are not there yet.
 

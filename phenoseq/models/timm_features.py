@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from phenoseq.errors import ModelError
 from phenoseq.models.features import Extractor, read_weights
 
+#: Letters of an error of torch that are passed on; it lists every weight.
+_TOLD = 200
+
 
 def load_timm(
     name: str,
@@ -91,10 +94,8 @@ def _load(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, **how
             ), sha256
         except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-            first = str(error).splitlines()
-            raise ModelError(
-                f"{weights}: not the weights of {name}: {' '.join(first[:2])}"
-            ) from error
+            why = " ".join(str(error).split())
+            raise ModelError(f"{weights}: not the weights of {name}: {why[:_TOLD]}") from error
     if not (about.hf_hub_id or about.url):
         raise ModelError(f"timm publishes no weights of {name}; name a file of them (--weights)")
     where = f"{about.hf_hub_filename or 'model.safetensors'} of https://hf.co/{about.hf_hub_id}"

@@ -8,20 +8,22 @@ from dataclasses import replace
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
+import timm
 import torch
 
+import phenoseq
 from phenoseq.cli import main
+from phenoseq.data.backed import Cells
+from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import open_source
-from phenoseq.errors import DataError, PhenoseqWarning
+from phenoseq.data.samplewriter import write_sample_store
+from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.inference.extract import feature_job
 from phenoseq.inference.table import make_table, predict_table
-from phenoseq.models.features import FeatureConfig, FeatureExtractor
-
-def image_features(source, extractor, progress=None, **options):
-    return predict_table(feature_job(source, extractor, **options), progress)
-
+from phenoseq.models.features import Extractor, FeatureConfig, FeatureExtractor
 
 FIVE = ("DNA", "RNA", "AGP", "Mito", "ER")
 SIDE, WIDTH = 32, 8
@@ -38,6 +40,10 @@ CONFIG = FeatureConfig(
 PLATE = (("P1", "B03", 1), ("P1", "B03", 2), ("P2", "B03", 1))
 SIX = (*PLATE, ("P2", "C03", 1), ("P2", "C04", 1), ("P2", "C05", 1))
 undocumented = pytest.mark.filterwarnings("ignore:.*how these were made is not documented")
+
+
+def image_features(source, extractor, progress=None, **options):
+    return predict_table(feature_job(source, extractor, **options), progress)
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +347,96 @@ def test_command_says_what_it_would_download(noisy, tmp_path, monkeypatch, capsy
     args += ["--backbone", "vit_l_16"]
     assert main(args) == 1
     assert "1.2 GB" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- networks of timm
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """A file of weights of timm's smallest network, and the network."""
+    network = timm.create_model("test_resnet").eval()
+    torch.save(network.state_dict(), tmp_path / "resnet.pth")
+    return tmp_path / "resnet.pth", network
+
+
+def test_embed_by_a_network_of_timm(noisy, resnet, tmp_path, capsys):
+    """All stains of the source, in its order; the pooled feature of each, at the size asked for."""
+    fake, source = noisy(stains=("ER", "DNA"), name="two")
+    weights, network = resnet
+    args = ["embed", str(fake.path), "--backbone", "test_resnet", "--pixel-size", "0.5"]
+    args += ["--weights", str(weights), "--crop-px", str(SIDE), "--device", "cpu"]
+    assert main([*args, "-o", str(tmp_path / "f.zarr")]) == 0
+    assert "12 cells, 2 channels, 96 numbers each" in capsys.readouterr().out
+    made = phenoseq.embed(
+        source, backbone="test_resnet", weights=weights, image_size=SIDE, device="cpu"
+    )
+    np.testing.assert_allclose(ad.read_zarr(tmp_path / "f.zarr").X, made.X, atol=1e-5)
+    assert made.uns["phenoseq"]["channels"] == ["ER", "DNA"]
+    tokens = made.X.reshape(12, 2, 96)
+    assert (made.var["channel"].to_numpy().reshape(2, 96) == [["ER"], ["DNA"]]).all()
+    batch = next(iter_crops(source, 0.5, SIDE))
+    grey = torch.from_numpy(batch.images[0].astype("f4") / 255)[:, None].expand(-1, 3, -1, -1)
+    with torch.inference_mode():
+        network.reset_classifier(0)
+        want = network((grey - 0.5) / 0.5).numpy()  # timm's mean and deviation of this network
+    np.testing.assert_allclose(tokens[batch.rows[0]], want, rtol=1e-4, atol=1e-4)
+    assert np.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
+
+
+def test_features_make_a_store_of_samples(noisy, resnet, tmp_path):
+    """What `embed` writes is what `prepare --pair-by sample` takes, streamed in bags."""
+    out = tmp_path / "f.h5ad"
+    phenoseq.embed(noisy()[1], backbone="test_resnet", weights=resnet[0], image_size=SIDE,
+                   device="cpu", out=out)  # fmt: skip
+    rna = ad.AnnData(
+        np.random.default_rng(0).poisson(9.0, (30, 6)).astype("f4"),
+        obs=pd.DataFrame({"Metadata_Plate": ["P1", "P2"] * 15}, index=[f"r{k}" for k in range(30)]),
+        var=pd.DataFrame(index=[f"ENSG{k:011d}" for k in range(6)]),
+    )
+    store, _ = write_sample_store(
+        Cells(out), Cells(rna), tmp_path / "s.zarr", columns=["Metadata_Plate"]
+    )
+    assert store.manifest.images == "features"
+    assert len(store.image_obs()) == 12
+    read = store.images.read(0, 12)
+    names = store.image_obs().index
+    np.testing.assert_array_equal(read, ad.read_h5ad(out)[names].X)
+
+
+def test_embed_goes_on_where_it_was_stopped(noisy, resnet, tmp_path, monkeypatch):
+    _, source = noisy()
+    how = {"backbone": "test_resnet", "weights": resnet[0], "image_size": SIDE, "device": "cpu"}
+    whole = phenoseq.embed(source, **how)
+    monkeypatch.setattr("phenoseq.inference.extract._BLOCK", 1)
+    monkeypatch.setitem(feature_job.__kwdefaults__, "batch_size", 4)
+    seen, forward = [], Extractor.forward
+
+    def stop(self, crops):
+        seen.append(len(crops))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return forward(self, crops)
+
+    monkeypatch.setattr(Extractor, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        phenoseq.embed(source, out=tmp_path / "f.h5ad", **how)
+    again = phenoseq.embed(source, out=tmp_path / "f.h5ad", **how)
+    assert len(seen) == 4
+    np.testing.assert_allclose(again.X[:], whole.X, atol=1e-5)
+
+
+def test_what_embed_refuses(noisy, resnet, tmp_path, capsys):
+    fake, source = noisy()
+    with pytest.raises(ModelError, match="vit_l_16: takes crops of 224 pixels, no others"):
+        phenoseq.embed(source, backbone="vit_l_16", image_size=64)
+    args = ["embed", str(fake.path), "--pixel-size", "0.5", "-o", str(tmp_path / "f.h5ad")]
+    assert main([*args, "--backbone", "test_resnet"]) == 1
+    told = capsys.readouterr().err
+    assert "model.safetensors of https://hf.co/timm/test_resnet.r160_in1k" in told
+    assert "--weights" in told
+    assert main([*args, "--backbone", "resnet_test"]) == 1
+    assert "no network 'resnet_test'" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------- real data

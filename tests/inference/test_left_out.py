@@ -44,7 +44,9 @@ def few_lost(plate):
 
 
 @pytest.mark.parametrize("out", [None, "out.h5ad", "out.zarr"])
-def test_a_field_that_breaks_while_it_is_read(model, few_lost, predicted, tmp_path, out, monkeypatch):
+def test_a_field_that_breaks_while_it_is_read(
+    model, few_lost, predicted, tmp_path, out, monkeypatch
+):
     monkeypatch.setattr(predictor, "_BLOCK", 1)
     monkeypatch.setitem(image_job.__kwdefaults__, "batch_size", 16)
     source, field = few_lost
@@ -94,8 +96,9 @@ def test_intensity_scale_of_the_fields_that_can_be_read(model, few_lost):
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = phenoseq.predict(replace(source, fields=eight), model=model, n_samples=1, device="cpu")
+        source = replace(source, fields=eight)
+        got = phenoseq.predict(source, model=model, n_samples=1, device="cpu")
         assert got.n_obs == 60
+        lost = replace(source, obs=source.obs[source.obs["field"] == field])
         with pytest.raises(DataError, match="not a readable TIFF"):
-            lost = source.obs[source.obs["field"] == field]
-            phenoseq.predict(replace(source, fields=eight, obs=lost), model=model, device="cpu")
+            phenoseq.predict(lost, model=model, device="cpu")

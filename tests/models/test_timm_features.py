@@ -95,7 +95,7 @@ def test_a_file_that_lacks_weights_or_is_of_another_network(published, name):
 def test_names_that_timm_does_not_know():
     with pytest.raises(ModelError, match=r"no network 'test_resnt'; near it are .*test_resnet"):
         load_timm("test_resnt", ("DNA",))
-    with pytest.raises(ModelError, match="no weights 'test_vit.nonsense'"):
+    with pytest.raises(ModelError, match=r"no weights 'test_vit\.nonsense'"):
         load_timm("test_vit.nonsense", ("DNA",))
 
 
@@ -108,5 +108,7 @@ def test_weights_that_must_be_downloaded(monkeypatch):
         raise OSError("no route to host\nand so on")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
-    with pytest.raises(ModelError, match=rf"OSError: no route to host\)\. On a.*{wanted}.*--weights"):
+    with pytest.raises(
+        ModelError, match=rf"OSError: no route to host\)\. On a.*{wanted}.*--weights"
+    ):
         load_timm("test_vit", ("DNA",), yes=True)
