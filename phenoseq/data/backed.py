@@ -218,6 +218,14 @@ class Cells:
         return digest.hexdigest()
 
 
+def dense(rows: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
+    """Return rows of a :class:`Matrix` as an array."""
+    if isinstance(rows, np.ndarray):
+        return rows
+    whole: NDArray[np.float32] = rows.toarray()
+    return whole
+
+
 def is_anndata(path: str | Path) -> bool:
     """Tell whether a path is an AnnData file, or a folder of ``.h5ad`` files."""
     path = Path(path)

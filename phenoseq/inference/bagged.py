@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
 from phenoseq._version import __version__
-from phenoseq.data.backed import Cells, Matrix
+from phenoseq.data.backed import Cells, Matrix, dense
 from phenoseq.data.bags import Bags, constant_metadata, make_bags
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.predictor import pick_device
@@ -155,7 +154,7 @@ def _checked(features: Cells, model: PublishedPhenoSeq) -> Matrix:
         )
     broken, first, step = 0, "", max(_CHECKED // (4 * size), 1)
     for start in range(0, matrix.shape[0], step):
-        bad = np.flatnonzero(~np.isfinite(_dense(matrix[start : start + step])).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(dense(matrix[start : start + step])).all(axis=1))
         if len(bad) and not broken:
             first = str(features.obs.index[start + bad[0]])
         broken += len(bad)
@@ -165,10 +164,6 @@ def _checked(features: Cells, model: PublishedPhenoSeq) -> Matrix:
             "remove these cells or compute their features again"
         )
     return matrix
-
-
-def _dense(block: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
-    return block.toarray() if sparse.issparse(block) else block  # type: ignore[no-any-return]
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +183,7 @@ def _batches(
     for first in range(0, len(chosen), at_once):
         some = chosen[first : first + at_once]
         wanted, places = np.unique(bags.rows[some], return_inverse=True)
-        held = _dense(features.take(wanted))
+        held = dense(features.take(wanted))
         places = places.reshape(len(some), -1)
         for start in range(0, len(some), batch_size):
             yield some[start : start + batch_size], held[places[start : start + batch_size]]

@@ -92,9 +92,10 @@ def open_inputs(
     if channels is not None:
         raise DataError("'channels' names the channels of an array; this source names its own")
     if isinstance(source, str | Path):
-        folder = _is_folder(source)
-        how = {"format": format, "pixel_size": pixel_size}
-        source = open_source(source, **how) if folder else Store(source)
+        if _is_folder(source):
+            source = open_source(source, format=format, pixel_size=pixel_size)
+        else:
+            source = Store(source)
     elif pixel_size is not None:
         raise DataError("'pixel_size' goes with an array or a folder; this source has its own")
     if isinstance(source, Store):
@@ -125,8 +126,10 @@ def _from_source(
     if source.dtype.name != image.dtype:
         some = replace(source, obs=source.obs.iloc[_some(source.obs.index)])
         lost: list[str] = []
-        how = {"failed": lambda rows, why: lost.append(why)}
-        pixels = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px, **how)]
+        each = iter_crops(
+            some, image.pixel_size, image.crop_px, failed=lambda rows, why: lost.append(why)
+        )
+        pixels = [batch.images for batch in each]
         if not pixels:
             raise DataError(lost[0])
         gain = _gain(_p999(np.concatenate(pixels)), placed, image)

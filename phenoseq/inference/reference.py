@@ -10,9 +10,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import sparse
 
-from phenoseq.data.backed import Cells, Matrix
+from phenoseq.data.backed import Cells, Matrix, dense
 from phenoseq.errors import DataError
 
 
@@ -46,8 +45,7 @@ class Reference:
         DataError
             Where a value is not finite.
         """
-        taken = self.expression.take(rows)
-        values: NDArray[np.float32] = taken.toarray() if sparse.issparse(taken) else taken
+        values = dense(self.expression.take(rows))
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
             names = self.ids[rows[bad]][:3].tolist()

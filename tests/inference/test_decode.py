@@ -435,7 +435,8 @@ def test_the_command_explains_an_error(files, capsys):
 CASES = {
     "no such key": (lambda p, r: r.obsm.update(X_pca=r.obsm.pop("scGPT")),
                     r"no 'obsm/scGPT'; it has \{'obsm': \['X_pca'\]"),
-    "no embedding": (lambda p, r: r.obsm.pop("scGPT") is None, r"no 'obsm/scGPT'; it has \{'obsm': \[\]"),
+    "no embedding": (lambda p, r: r.obsm.pop("scGPT") is None,
+                     r"no 'obsm/scGPT'; it has \{'obsm': \[\]"),
     "a table": (lambda p, r: r.obsm.update(scGPT=pd.DataFrame({"0": 1.0}, r.obs_names)),
                 r"obsm/scGPT: stored as (DataFrame|dataframe), of which rows cannot be read"),
     "another width": (lambda p, r: r.obsm.update(scGPT=r.obsm["scGPT"][:, :4]),
