@@ -156,7 +156,7 @@ def predict(
         _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
         how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
         how["published_steps"] = published_steps
-        if _is_table(source):
+        if is_table(source):
             given = {"pixel_size": pixel_size, "format": format, "eight_bit": eight_bit}
             _refuse(given | {"extractor": extractor}, "a table of features")
         else:
@@ -173,7 +173,7 @@ def predict(
         return _predict_bags(source, loaded, sample, path, **how)
     given = {"sample": sample, "published_steps": published_steps or None}
     _refuse(given | {"eight_bit": eight_bit, "extractor": extractor}, "a model of images")
-    if _is_table(source):
+    if is_table(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
             "give their folder, store or crops, or choose a model of imaging features "
@@ -259,7 +259,7 @@ def _refuse(given: dict[str, Any], kind: str) -> None:
             raise DataError(f"{option!r} has no meaning for {kind}; leave it out")
 
 
-def _is_table(source: Any) -> bool:
+def is_table(source: Any) -> bool:
     """Tell whether a source is an AnnData, or a file of one."""
     if isinstance(source, ad.AnnData):
         return True

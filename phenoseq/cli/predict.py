@@ -83,7 +83,7 @@ def add_decode(commands: Commands) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from phenoseq.api import predict
+    from phenoseq.api import is_table, predict
 
     source, channels = options.source, None
     if Path(source).suffix == ".npy":
@@ -91,7 +91,7 @@ def _predict(options: argparse.Namespace) -> int:
         channels = options.channels.split(",") if options.channels else None
     _fetch(options.model, yes=options.yes)
     extractor = options.extractor
-    if options.yes and options.sample and not extractor and Path(source).suffix != ".h5ad":
+    if options.yes and options.sample and not extractor and not is_table(source):
         from phenoseq.models.features import load_extractor
 
         extractor = load_extractor(yes=True)
