@@ -50,6 +50,10 @@ class Matrix:
         bytes_ = sum(part.row_bytes * part.n for part in parts)
         self.row_bytes = max(bytes_ / max(self.shape[0], 1), 1.0)
 
+    def __getitem__(self, rows: slice) -> NDArray[np.float32] | sparse.csr_matrix:
+        """Return some rows side by side, as :meth:`take` does."""
+        return self.take(np.arange(*rows.indices(self.shape[0])))
+
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | sparse.csr_matrix:
         """Return ``rows`` in that order, float32 ``(n, width)``, dense or CSR.
 
@@ -111,20 +115,21 @@ class Cells:
         self.name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         tables = [file.obs for file in self._files]
         for file, table in zip(self._files, tables, strict=True):
-            if not table.index.is_unique:
+            if table.index.has_duplicates:
                 twice = list(table.index[table.index.duplicated()][:3])
                 raise DataError(
                     f"{file.name}: cell ids that occur more than once: {twice}; make them unique, "
                     "e.g. with adata.obs_names_make_unique()"
                 )
-        if not pd.Index(np.concatenate([table.index for table in tables])).is_unique:
+        if len(tables) > 1 and pd.Index(np.concatenate([t.index for t in tables])).has_duplicates:
             tables = [
                 table.set_axis([f"{Path(file.name).stem}:{cell}" for cell in table.index])
                 for file, table in zip(self._files, tables, strict=True)
             ]
         shared = [c for c in tables[0] if all(c in table for table in tables)]
-        self.obs = pd.concat([_plain(table[shared]) for table in tables])
-        if not self.obs.index.is_unique:
+        plain = [_plain(table[shared]) for table in tables]
+        self.obs = plain[0] if len(plain) == 1 else pd.concat(plain)
+        if len(tables) > 1 and self.obs.index.has_duplicates:
             raise DataError(f"{self.name}: a file is given twice, or has the name of another")
 
     def __len__(self) -> int:
@@ -135,6 +140,16 @@ class Cells:
     def var_names(self) -> list[str]:
         """Names of the columns of the first file's ``X``."""
         return list(self._files[0].var.index.astype(str))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the first file was made, its ``uns["phenoseq"]``; empty where it does not say."""
+        return self._files[0].record
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """``var`` of the first file."""
+        return self._files[0].var
 
     def matrix(self, key: str = "X") -> Matrix:
         """Open ``"X"``, ``"layers/NAME"`` or ``"obsm/NAME"``.
@@ -203,6 +218,14 @@ class Cells:
         return digest.hexdigest()
 
 
+def dense(rows: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
+    """Return rows of a :class:`Matrix` as an array."""
+    if isinstance(rows, np.ndarray):
+        return rows
+    whole: NDArray[np.float32] = rows.toarray()
+    return whole
+
+
 def is_anndata(path: str | Path) -> bool:
     """Tell whether a path is an AnnData file, or a folder of ``.h5ad`` files."""
     path = Path(path)
@@ -234,10 +257,11 @@ class _File:
 
     def __init__(self, given: Given) -> None:
         self.node: Any = given
-        if isinstance(given, ad.AnnData):
+        if isinstance(given, ad.AnnData) and not given.isbacked:
             self.name = "the AnnData given"
             self.obs, self.var = given.obs, given.var
         else:
+            given = given.filename if isinstance(given, ad.AnnData) else given
             self.name = str(given)
             self.node, self.obs, self.var = _open(Path(given))
         self.obs = self.obs.set_axis(self.obs.index.astype(str))
@@ -255,7 +279,18 @@ class _File:
                 for name in ("obsm", "layers")
             }
             raise DataError(f"{self.name}: no {key!r}; it has {choices}")
+        if isinstance(at, ad.abc.CSRDataset | ad.abc.CSCDataset):
+            at = at.group
         return _Part(at, f"{self.name}: {key}", len(self.obs), columns)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``uns["phenoseq"]``, or nothing."""
+        found = self.node.uns if self._in_memory else self.node.get("uns", {})
+        record = found.get("phenoseq", {})
+        if isinstance(record, h5py.Group | zarr.Group):
+            record = ad.io.read_elem(record)
+        return record if isinstance(record, dict) else {}
 
     @property
     def _in_memory(self) -> bool:
@@ -283,6 +318,7 @@ class _Part:
 
     def __init__(self, node: Any, where: str, n: int, columns: NDArray[np.int64] | None) -> None:
         self.where, self.n = where, n
+        node = node.tocsr() if sparse.issparse(node) else node
         self._node, self._columns = node, columns
         self._kind = self._kind_of(node)
         self.sparse = self._kind == "csr on disk" or sparse.issparse(node)
@@ -291,6 +327,9 @@ class _Part:
             raise DataError(f"{where}: a matrix of shape {shape} for {n} cells; write it again")
         self.width = int(shape[1]) if columns is None else len(columns)
         self._full = int(shape[1])
+        dtype = np.dtype(node["data"].dtype if self._kind == "csr on disk" else node.dtype)
+        if dtype.kind not in "biuf":
+            raise DataError(f"{where}: values of type {dtype}; give numbers")
         self._indptr = node["indptr"][:] if self._kind == "csr on disk" else None
         per_row = float(self._full)
         if self.sparse:
@@ -302,7 +341,7 @@ class _Part:
         self._step = max(int(packed or _READ / max(self.row_bytes, 1.0)), 1)
 
     def _kind_of(self, node: Any) -> Literal["in memory", "dense", "csr on disk"]:
-        if isinstance(node, np.ndarray) or (sparse.issparse(node) and node.format == "csr"):
+        if isinstance(node, np.ndarray) or sparse.issparse(node):
             return "in memory"
         if isinstance(node, h5py.Dataset | zarr.Array):
             return "dense"

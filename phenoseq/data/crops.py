@@ -135,7 +135,7 @@ def iter_crops(
     *,
     batch_size: int = 512,
     rows: NDArray[np.int64] | None = None,
-    lost: Callable[[Problem], None] | None = None,
+    failed: Callable[[NDArray[np.int64], Problem], None] | None = None,
 ) -> Iterator[CropBatch]:
     """Cut a crop around cells, region by region.
 
@@ -156,8 +156,9 @@ def iter_crops(
     rows
         Which cells, in which order; all of :func:`crop_order` by default, of which others should
         be parts, or regions are read again and again.
-    lost
-        Called with what cannot be read; its cells have no crop. Without it that is an error.
+    failed
+        ``failed(rows, problem)`` is told of cells whose image cannot be decoded, which are left out
+        then; otherwise that is an error.
 
     Raises
     ------
@@ -167,7 +168,7 @@ def iter_crops(
     if rows is None:
         rows = crop_order(source, pixel_size, crop_px)
     waiting: list[CropBatch] = []
-    for piece in _pieces(source, rows, pixel_size, crop_px, batch_size, lost):
+    for piece in _pieces(source, rows, pixel_size, crop_px, batch_size, failed):
         waiting.append(piece)
         if sum(len(w.rows) for w in waiting) >= batch_size:
             whole = _joined(waiting)
@@ -199,7 +200,7 @@ def _pieces(
     pixel_size: float,
     crop_px: int,
     at_once: int,
-    lost: Callable[[Problem], None] | None,
+    failed: Callable[[NDArray[np.int64], Problem], None] | None,
 ) -> Iterator[CropBatch]:
     """Yield the crops of ``rows`` in order, reading each region once where it comes up once."""
     if not len(rows):
@@ -218,9 +219,9 @@ def _pieces(
             try:
                 pixels = level.read(max(y0, 0), min(y1, height), max(x0, 0), min(x1, width))
             except DataError as error:
-                if lost is None:
+                if failed is None:
                     raise
-                lost(Problem(name, str(error), len(group)))
+                failed(some[group], Problem(name, str(error), len(group)))
                 continue
             pad = [(0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - width, 0))]
             if any(before or after for before, after in pad):

@@ -75,6 +75,9 @@ class Problem:
     reason: str
     cells: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -162,8 +165,8 @@ class Lost:
         self.cells = 0
         self._name, self._n = name, n
 
-    def add(self, problem: Problem) -> None:
-        """Record what cannot be read.
+    def add(self, rows: NDArray[np.int64], problem: Problem) -> None:
+        """Record what cannot be read, and the cells that are lost with it.
 
         Raises
         ------
@@ -171,7 +174,7 @@ class Lost:
             Where that makes it more than a fifth of all cells (:data:`MAX_PROBLEMS`).
         """
         self.problems.append(problem)
-        self.cells += problem.cells
+        self.cells += len(rows)
         if self.cells > MAX_PROBLEMS * self._n:
             raise DataError(
                 f"{self._name}: the images of {self.cells} of {self._n} cells so far cannot be "

@@ -215,7 +215,7 @@ def write_crops(
     lost = Lost(source.name, len(rows))
     written, done = [], 0
     for batch in iter_crops(
-        source, pixel_size, crop_px, batch_size=array.chunks[0], rows=rows, lost=lost.add
+        source, pixel_size, crop_px, batch_size=array.chunks[0], rows=rows, failed=lost.add
     ):
         histogram.add(batch.images)
         writer.add(batch.images)

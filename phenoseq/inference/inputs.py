@@ -37,7 +37,8 @@ class Inputs:
     name, identity
         What they are called, and a digest of them (for an array of up to 512 of its cells).
     obs
-        One row a cell, indexed by cell id.
+        One row a cell, indexed by cell id: positions and ``Metadata_*``, and all columns of a table
+        of cells that the user gave.
     placed
         For each stain of the model its channel in the crops, or None where it is missing.
     dtype
@@ -53,7 +54,7 @@ class Inputs:
         All rows of ``obs``, in the order in which their crops are best read.
     crops
         ``crops(rows, batch_size)`` yields crops of rows in a part of this order, at the model's
-        pixel size and crop size.
+        pixel size and crop size; rows whose image cannot be decoded come with the reason instead.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Inputs:
     skipped: tuple[str, ...]
     problems: tuple[str, ...]
     order: Rows
-    crops: Callable[[Rows, int], Iterator[CropBatch]]
+    crops: Callable[[Rows, int], Iterator[CropBatch | tuple[Rows, str]]]
 
 
 def open_inputs(
@@ -74,6 +75,7 @@ def open_inputs(
     *,
     channels: Sequence[str] | None = None,
     pixel_size: float | None = None,
+    format: str | None = None,
     cells: str | Path | pd.DataFrame | None = None,
     rows: NDArray[np.int64] | None = None,
 ) -> Inputs:
@@ -81,6 +83,8 @@ def open_inputs(
 
     ``rows`` are the cells of a store to predict, all by default.
     """
+    if format is not None and not _is_folder(source):
+        raise DataError("'format' is the layout of a folder, file or URL of images; leave it out")
     if isinstance(source, np.ndarray):
         if cells is not None:
             raise DataError("an array has one crop a cell already; 'cells' goes with a folder")
@@ -88,7 +92,10 @@ def open_inputs(
     if channels is not None:
         raise DataError("'channels' names the channels of an array; this source names its own")
     if isinstance(source, str | Path):
-        source = Store(source) if is_store(source) else open_source(source, pixel_size=pixel_size)
+        if _is_folder(source):
+            source = open_source(source, format=format, pixel_size=pixel_size)
+        else:
+            source = Store(source)
     elif pixel_size is not None:
         raise DataError("'pixel_size' goes with an array or a folder; this source has its own")
     if isinstance(source, Store):
@@ -101,17 +108,16 @@ def open_inputs(
     return _from_source(source, image, cells)
 
 
+def _is_folder(source: Any) -> bool:
+    """Tell whether a source is a place that a reader opens."""
+    return isinstance(source, str | Path) and not is_store(source)
+
+
 def _from_source(
     source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
 ) -> Inputs:
     if cells is not None:
-        frame = isinstance(cells, pd.DataFrame)
-        obs = check_cells(cells, "the table 'cells'") if frame else read_cells(cells)
-        if "field" not in obs:
-            if len(source.fields) > 1:
-                raise DataError(f"{source.name}: several fields; 'cells' needs a column 'field'")
-            obs["field"] = next(iter(source.fields))
-        source = replace(source, obs=obs, counts=None, var=None)
+        source = replace(source, obs=_given(cells, source), counts=None, var=None)
     away = outside(source)
     skipped = tuple(source.obs.index[away])
     source = replace(source, obs=source.obs[~away], counts=None, var=None)
@@ -119,16 +125,34 @@ def _from_source(
     gain = np.ones(len(image.channels), dtype=np.float32)
     if source.dtype.name != image.dtype:
         some = replace(source, obs=source.obs.iloc[_some(source.obs.index)])
-        pixels = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px)]
+        lost: list[str] = []
+        each = iter_crops(
+            some, image.pixel_size, image.crop_px, failed=lambda rows, why: lost.append(str(why))
+        )
+        pixels = [batch.images for batch in each]
+        if not pixels:
+            raise DataError(lost[0])
         gain = _gain(_p999(np.concatenate(pixels)), placed, image)
 
-    def crops(rows: Rows, batch_size: int) -> Iterator[CropBatch]:
-        return iter_crops(source, image.pixel_size, image.crop_px, batch_size=batch_size, rows=rows)
+    def crops(rows: Rows, batch_size: int) -> Iterator[CropBatch | tuple[Rows, str]]:
+        failed: list[tuple[Rows, str]] = []
+        for batch in iter_crops(
+            source,
+            image.pixel_size,
+            image.crop_px,
+            batch_size=batch_size,
+            rows=rows,
+            failed=lambda some, why: failed.append((some, str(why))),
+        ):
+            yield batch
+            yield from failed
+            failed.clear()
+        yield from failed
 
     return Inputs(
         source.name,
         source.identity,
-        source.obs,
+        source.obs if cells is not None else source.obs[known_columns(source.obs)],
         tuple(placed),
         source.dtype,
         gain,
@@ -137,6 +161,34 @@ def _from_source(
         crop_order(source, image.pixel_size, image.crop_px),
         crops,
     )
+
+
+def known_columns(obs: pd.DataFrame, *more: str | None) -> list[str]:
+    """Return the columns of a source's cells that a result keeps: positions, metadata, and more."""
+    named = ("field", "x_centroid", "y_centroid", *more)
+    return [c for c in obs if c in named or str(c).startswith("Metadata_")]
+
+
+def _given(cells: str | Path | pd.DataFrame, source: Source) -> pd.DataFrame:
+    """Return a user's table of cells, with all its columns as they can be written."""
+    frame = isinstance(cells, pd.DataFrame)
+    obs = check_cells(cells, "the table 'cells'") if frame else read_cells(cells)
+    where = "the table 'cells'" if frame else str(cells)
+    if "field" not in obs:
+        if len(source.fields) > 1:
+            raise DataError(
+                f"{where}: {source.name} has several fields; 'cells' needs a column 'field', of "
+                f"{list(source.fields)[:5]} and so on"
+            )
+        obs["field"] = next(iter(source.fields))
+    bad = [name for name in obs if not isinstance(name, str) or "/" in name]
+    if bad:
+        raise DataError(f"{where}: columns {bad}: names of columns are text without '/'")
+    for name in obs.columns.drop("field"):
+        if not pd.api.types.is_numeric_dtype(obs[name]):  # text with holes can be written so
+            text = obs[name].astype(object).map(str, na_action="ignore")
+            obs[name] = text.astype("category")
+    return obs.assign(field=obs["field"].astype(str))
 
 
 def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> Inputs:
@@ -158,10 +210,11 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
                 none = np.zeros(len(fitted), dtype=bool)
                 yield CropBatch(some[at : at + batch_size], fitted, none)
 
+    obs = store.obs().iloc[rows]
     return Inputs(
         str(store.path),
         manifest.identity,
-        store.obs().iloc[rows],
+        obs[known_columns(obs)],
         tuple(placed),
         np.dtype(manifest.dtype),
         gain,

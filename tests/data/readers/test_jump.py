@@ -317,7 +317,7 @@ def test_remote_images_that_cannot_be_read(gallery, web, cut_file):
     with pytest.warns(PhenoseqWarning, match=r"1 of 5 fields .*\n.*feld 0 ch0\.tiff: no such file"):
         source = open_source(fake.path, pixel_size=0.6)  # the first is looked at
     lost = []
-    batches = iter_crops(source, 0.6, 8, lost=lost.append)
+    batches = iter_crops(source, 0.6, 8, failed=lambda rows, problem: lost.append(problem))
     assert sum(len(batch.rows) for batch in batches) == 27
     (one,) = lost
     assert (one.where, one.cells) == (NAMES[2], 9)
