@@ -195,7 +195,7 @@ class Lost:
 
 def _shown(problems: Sequence[Problem]) -> str:
     more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return "".join(f"\n  {p.where}: {p.reason}" for p in problems[:5]) + more
+    return "".join(f"\n  {p}" for p in problems[:5]) + more
 
 
 def tell_problems(

@@ -268,7 +268,7 @@ def feature_job(
         "eight_bit": scale.mode,
         "eight_bit_top": [float(top) for top in scale.top],
         "skipped_cells": skipped,
-        "problems": [f"{problem.where}: {problem.reason}" for problem in source.problems],
+        "problems": [str(problem) for problem in source.problems],
     }
     obs = source.obs[known_columns(source.obs, sample)]
     names = [f"{c}_{k}" for c in extractor.channels for k in range(extractor.width)]

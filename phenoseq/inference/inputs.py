@@ -157,7 +157,7 @@ def _from_source(
         source.dtype,
         gain,
         skipped,
-        tuple(f"{p.where}: {p.reason}" for p in source.problems),
+        tuple(map(str, source.problems)),
         crop_order(source, image.pixel_size, image.crop_px),
         crops,
     )
