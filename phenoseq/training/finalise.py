@@ -14,7 +14,7 @@ from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.dataset import Batch
 from phenoseq.evaluation.metrics import pcc_gene
 from phenoseq.models.expression import MIN_LIBRARY, ExpressionSpace
-from phenoseq.models.phenoseq import PhenoSeq, pool
+from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.sample import SamplePhenoSeq
 
 _CELLS, _DRAWS = 8192, 16
@@ -39,8 +39,8 @@ def finalise(
     The model, in evaluation mode, with both in it.
     """
     model.eval()
-    pooled = [pool(*_encode(model, b)) for b in data.fixed("train", _CELLS, alone=True)]
-    contexts = torch.cat(pooled).double()
+    pooled = [model.pooled(_encode(model, b)) for b in data.fixed("train", _CELLS, alone=True)]
+    contexts = torch.cat([cells[own] for cells, own in pooled]).double()
     covariance = torch.cov(contexts.T)
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
     model.context_mean.copy_(contexts.mean(dim=0))

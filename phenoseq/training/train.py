@@ -18,6 +18,7 @@ from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.errors import ModelError
 from phenoseq.training.base import TrainingModule
 from phenoseq.training.callbacks import WarmEMA
+from phenoseq.training.figures import SampleFigures
 from phenoseq.training.module import PhenoSeqModule
 from phenoseq.training.published import PublishedModule
 
@@ -44,6 +45,7 @@ class _CLI(LightningCLI):
         kwargs.setdefault("logger", CSVLogger(root, name="", version=""))
         kwargs["callbacks"] = [
             *(self._get(self.config_init, "trainer.callbacks") or []),
+            SampleFigures(),
             WarmEMA(self._get(self.config_init, "ema")),
             ModelCheckpoint(root / "checkpoints", filename="last", enable_version_counter=False),
         ]
