@@ -19,7 +19,7 @@ from phenoseq.models.sample import SamplePhenoSeq
 
 _CELLS, _DRAWS = 8192, 16
 #: Samples below which a correlation over them says nothing.
-_SAMPLES = 3
+_SAMPLES = 8
 #: Added to the covariance of contexts, as a share of its mean variance.
 _RIDGE = 1e-2
 
@@ -32,7 +32,7 @@ def finalise(
 
     The score is fitted on training cells or bags. The reliability is the Pearson correlation of
     predicted (mean of 16 draws) and true expression over validation cells, 0 for a constant; of a
-    model of samples over the means of validation samples, where there are three and more.
+    model of samples over the means of validation samples, where there are eight and more.
 
     Returns
     -------
