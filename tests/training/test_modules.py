@@ -311,7 +311,9 @@ def test_the_published_loss_is_that_of_the_noise(kinds):
     again = torch.Generator().manual_seed(3)
     k = torch.randint(1, 51, batch["rows"].shape, generator=again)
     noise = torch.randn(batch["embedding"].shape, generator=again)
-    alpha2 = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), 0)[k - 1].float()
+    alpha2 = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), 0)[
+        k - 1
+    ].float()
     model = module.model
     clean = (batch["embedding"] - model.rna_mean) / model.rna_std
     x = alpha2.sqrt()[..., None] * clean + (1 - alpha2).sqrt()[..., None] * noise
