@@ -59,29 +59,26 @@ def test_two_processes_train_like_one(store, script, arguments, tmp_path):
     for name, made in ranks[0].items():  # one gradient and one model on both ranks
         for what in ("gradient", "mean"):
             assert torch.equal(made[what], ranks[1][name][what]), (name, what)
-    for precision, close in (("32-true", 1e-4), ("bf16-mixed", 0.02)):
+    # Adam turns rounding of small gradients into steps, so weights agree less well than gradients.
+    close = {"32-true": (1e-5, 0.01), "bf16-mixed": (0.02, 0.2)}
+    for precision, (gradient, moved) in close.items():
         one = script.fit(store.path, "one", precision)
         started = script.fit(store.path, "one", precision, steps=0)["mean"]
-        for name in (f"ddp {precision}", f"fsdp {precision}"):
-            if name not in ranks[0]:
-                continue
+        for name in ranks[0].keys() & {f"ddp {precision}", f"fsdp {precision}"}:
             made = ranks[0][name]
-            print(
-                name,
-                relative(made["gradient"], one["gradient"]),
-                relative(made["mean"], one["mean"], one["mean"] - started),
-            )
+            assert relative(made["gradient"], one["gradient"]) < gradient, name
+            assert relative(made["mean"], one["mean"], one["mean"] - started) < moved, name
     whole, continued = ranks[0]["fsdp 32-true"], ranks[0]["fsdp continued"]
     torch.testing.assert_close(continued["mean"], whole["mean"], rtol=1e-5, atol=1e-6)
 
-    run = tmp_path / "two"
-    model = PhenoSeq.load(run / "model")
-    assert all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
-    table = pd.read_csv(run / "metrics.csv")
+    models = [PhenoSeq.load(tmp_path / run / "model").state_dict() for run in ("two", "sharded")]
+    assert all(bool(torch.isfinite(t).all()) for t in models[0].values())
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-2, atol=1e-2)
+    table = pd.read_csv(tmp_path / "two" / "metrics.csv")
     assert table["step"].is_monotonic_increasing
     assert table["val_loss"].notna().sum() == 1
-    assert ran.stdout.count("mean weights of last.ckpt") == 1  # rank zero alone finalises
-    assert 0
+    assert ran.stdout.count("mean weights of last.ckpt") == 2  # rank zero alone finalises
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -102,8 +99,6 @@ def test_a_rank_that_dies_ends_the_run(arguments, tmp_path):
         time.sleep(0.05)
     (other,) = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(other), signal.SIGKILL)
-    killed = time.monotonic()
     error = run.communicate(timeout=60)[1]
-    print(time.monotonic() - killed, run.returncode, error[-1500:])
     assert run.returncode != 0
-    assert 0
+    assert "Error" in error

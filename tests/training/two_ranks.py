@@ -1,4 +1,4 @@
-"""What test_ddp.py runs on two processes, and on one: short trainings whose noise is that of a cell.
+"""What test_ddp.py runs on two processes, and on one: trainings whose noise is that of a cell.
 
 Run by torchrun, with the store, a folder for what comes out, and arguments of `phenoseq train`.
 """
@@ -58,20 +58,31 @@ class Module(PhenoSeqModule):
 class Data(StoreDataModule):
     """The same batches for any number of ranks, each taking its part."""
 
+    start = 0
+
     def train_dataloader(self):
-        rows = self.parts.rows("train")
-        batches = []
-        for step in range(STEPS):
+        return self
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self):
+        for step in range(self.start, STEPS):
+            self.start = step + 1
+            rows = self.parts.rows("train")
             drawn = np.random.default_rng(step).choice(rows, 2 * BATCH, replace=False)
             mine = np.sort(drawn[self.trainer.global_rank :: self.trainer.world_size])
-            batches.append(
-                {
-                    "images": torch.from_numpy(self.opened.take(mine).astype(np.float32)),
-                    "counts": torch.from_numpy(self.opened.counts(mine).toarray()).float(),
-                    "rows": torch.from_numpy(mine),
-                }
-            )
-        return torch.utils.data.DataLoader(batches, batch_size=None)
+            yield {
+                "images": torch.from_numpy(self.opened.take(mine).astype(np.float32)),
+                "counts": torch.from_numpy(self.opened.counts(mine).toarray()).float(),
+                "rows": torch.from_numpy(mine),
+            }
+
+    def state_dict(self):
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict):
+        self.start = state_dict["start"]
 
     def val_dataloader(self):
         return []
@@ -138,6 +149,16 @@ def main() -> None:
     made["fsdp continued"] = fit(Path(store), "fsdp", "32-true", ckpt_path=sharded)
     torch.save(made, Path(out) / f"rank{os.environ['RANK']}.pt")
     train(arguments)
+    sharded_run = {
+        "trainer.strategy": "fsdp",
+        "trainer.default_root_dir": str(Path(out) / "sharded"),
+    }
+    train(
+        [
+            *arguments,
+            *(part for name, value in sharded_run.items() for part in (f"--{name}", value)),
+        ]
+    )
 
 
 if __name__ == "__main__":
