@@ -17,6 +17,7 @@ from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.dataset import Batch
 from phenoseq.evaluation.streaming import EDistance, PccGene, VarianceRatio
 from phenoseq.models.load import Model
+from phenoseq.training.sharding import shard
 
 #: What random numbers are for, so that no two draw alike.
 Purpose = Literal["train", "val", "draw", "count"]
@@ -141,6 +142,8 @@ class TrainingModule(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model, self.scored = self.build(data)
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
