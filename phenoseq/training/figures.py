@@ -8,13 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import (
-    CSVLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -24,6 +18,7 @@ from phenoseq.models.embedding import EmbeddingSpace
 from phenoseq.models.load import Model
 from phenoseq.models.published import PublishedPhenoSeq
 from phenoseq.training.base import Drawn, TrainingModule
+from phenoseq.training.logs import CsvLogger
 
 #: Genes shown, at these quantiles of their correlation; genes of the heat maps; cells drawn.
 _QUANTILES, _MAP_GENES, _DOTS = (1.0, 0.95, 0.75, 0.5), 40, 2000
@@ -106,8 +101,8 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
         logger.log_image(key=name, images=[_pixels(figure)])
     elif isinstance(logger, MLFlowLogger):
         logger.experiment.log_figure(logger.run_id, figure, f"{name}/step_{step:08d}.png")
-    elif isinstance(logger, CSVLogger):
-        folder = Path(logger.log_dir) / name
+    elif isinstance(logger, CsvLogger):
+        folder = Path(logger.save_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"step_{step:08d}.png", dpi=80)
 

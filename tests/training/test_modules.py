@@ -22,6 +22,7 @@ from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.training.base import Drawn, targets_of
 from phenoseq.training.figures import SampleFigures, draw_samples, log_figure
 from phenoseq.training.finalise import finalise
+from phenoseq.training.logs import CsvLogger
 from phenoseq.training.module import PhenoSeqModule
 from phenoseq.training.published import PublishedModule
 
@@ -259,7 +260,7 @@ def test_a_backbone_that_cannot_be_recomputed(kinds):
 
 
 def test_an_encoded_bag_serves_its_rna_cells_one_by_one(kinds):
-    """The loss of a bag of three is that of each RNA cell with the same context, times and noise."""
+    """The loss of a bag of three is that of each with the same context, times and noise."""
     module, data = kinds["features"]()
     batch = first(data)
     model = module.model.eval()
@@ -415,13 +416,13 @@ def some_drawn(n=50, g=12):
 
 
 def test_a_figure_is_given_to_each_logger(tmp_path):
-    from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
     scored = np.ones(12, dtype=bool)
     figure = draw_samples(some_drawn(), [f"G{i}" for i in range(12)], scored)
     assert len(figure.axes) == 7
     assert figure.axes[0].get_title().endswith("r = 1.00")
-    log_figure(CSVLogger(tmp_path, name="", version=""), "val_samples", figure, 12)
+    log_figure(CsvLogger(tmp_path), "val_samples", figure, 12)
     assert (tmp_path / "val_samples" / "step_00000012.png").stat().st_size > 10_000
 
     seen = []
