@@ -192,7 +192,7 @@ def test_settings_that_change_the_result_are_named(tmp_path):
     same_settings(
         tmp_path,
         "model: {lr: 0.1, encoder: {norm: group}}\nout: elsewhere\n"
-        "trainer: {max_epochs: 2, devices: 4, logger: {class_path: x}, enable_progress_bar: true}\n",
+        "trainer: {max_epochs: 2, devices: 4, logger: {class_path: x}, num_nodes: 2}\n",
     )
     with pytest.raises(ModelError) as told:
         same_settings(
