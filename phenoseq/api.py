@@ -29,17 +29,20 @@ from phenoseq.evaluation.report import (
     score_all,
     scored_genes,
 )
-from phenoseq.inference.bagged import bag_job, describe_features
+from phenoseq.inference.bagged import bag_job, describe_features, reads
 from phenoseq.inference.eightbit import EightBit
 from phenoseq.inference.extract import check_source, image_features
-from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.inputs import Inputs, open_inputs
 from phenoseq.inference.predictor import image_job
+from phenoseq.inference.samples import sample_job
 from phenoseq.inference.table import Job, predict_file, predict_table
 from phenoseq.inference.writer import check_out, open_table
+from phenoseq.models.config import ImageConfig
 from phenoseq.models.features import FeatureExtractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.progress import bar
 from phenoseq.training.baselines import fit_baselines
 from phenoseq.zoo.registry import load_model
@@ -152,10 +155,15 @@ def predict(
     path = check_out(out) if out is not None else None
     name = str(model) if isinstance(model, str | Path) else ""
     loaded = load_model(model) if isinstance(model, str | Path) else model
+    how: dict[str, Any] = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device}
+    how["name"] = name
     if isinstance(loaded, PublishedPhenoSeq):
-        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
-        how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
         how["published_steps"] = published_steps
+    else:
+        _refuse({"published_steps": published_steps or None}, "this network")
+        how["keep_draws"] = keep_draws
+    if not isinstance(loaded, PhenoSeq) and not _of_crops(loaded):
+        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
         if _is_table(source):
             given = {"pixel_size": pixel_size, "format": format, "eight_bit": eight_bit}
             _refuse(given | {"extractor": extractor}, "a table of features")
@@ -171,8 +179,8 @@ def predict(
                 device=device,
             )
         return _predict_bags(source, loaded, sample, path, **how)
-    given = {"sample": sample, "published_steps": published_steps or None}
-    _refuse(given | {"eight_bit": eight_bit, "extractor": extractor}, "a model of images")
+    of_cells = {"sample": sample} if isinstance(loaded, PhenoSeq) else {}
+    _refuse({**of_cells, "eight_bit": eight_bit, "extractor": extractor}, "a model of images")
     if _is_table(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
@@ -181,23 +189,36 @@ def predict(
         )
     inputs = open_inputs(
         source,
-        loaded.config.image,
+        _image_of(loaded),
         channels=channels,
         pixel_size=pixel_size,
         format=format,
         cells=cells,
     )
-    job = image_job(
-        loaded,
-        inputs,
-        n_samples=n_samples,
-        steps=steps,
-        seed=seed,
-        device=device,
-        keep_draws=keep_draws,
-        name=name,
-    )
-    return _do(job, path)
+    if isinstance(loaded, PhenoSeq):
+        return _do(image_job(loaded, inputs, **how), path)
+    assert isinstance(loaded, SamplePhenoSeq)
+    return _do(sample_job(loaded, inputs, _named(sample, inputs), **how), path)
+
+
+def _of_crops(model: Model) -> bool:
+    """Tell whether a model of samples reads crops."""
+    return isinstance(model, SamplePhenoSeq) and isinstance(model.config.cells, ImageConfig)
+
+
+def _image_of(model: Model) -> ImageConfig:
+    image = model.config.image if isinstance(model, PhenoSeq) else model.config.cells  # type: ignore[union-attr]
+    assert isinstance(image, ImageConfig)
+    return image
+
+
+def _named(sample: str | None, cells: Cells | Inputs) -> str:
+    if sample is None:
+        raise DataError(
+            f"{cells.name}: say which sample each cell is of: sample= (--sample) names a column "
+            f"of obs, one of {[str(column) for column in cells.obs.columns][:20]}"
+        )
+    return sample
 
 
 def _do(job: Job, path: Path | None) -> ad.AnnData:
@@ -209,20 +230,22 @@ def _do(job: Job, path: Path | None) -> ad.AnnData:
 
 
 def _predict_bags(
-    source: Any, model: PublishedPhenoSeq, sample: str | None, path: Path | None, **how: Any
+    source: Any,
+    model: PublishedPhenoSeq | SamplePhenoSeq,
+    sample: str | None,
+    path: Path | None,
+    **how: Any,
 ) -> ad.AnnData:
     features = Cells(source)
-    if sample is None:
-        raise DataError(
-            f"{features.name}: say which sample each cell is of: sample= (--sample) names a column "
-            f"of obs, one of {[str(column) for column in features.obs.columns][:20]}"
-        )
-    return _do(bag_job(model, features, sample, **how), path)
+    named = _named(sample, features)
+    if isinstance(model, PublishedPhenoSeq):
+        return _do(bag_job(model, features, named, **how), path)
+    return _do(sample_job(model, features, named, **how), path)
 
 
 def _features_of(
     source: Any,
-    model: PublishedPhenoSeq,
+    model: PublishedPhenoSeq | SamplePhenoSeq,
     sample: str | None,
     *,
     pixel_size: float | None,
@@ -232,11 +255,12 @@ def _features_of(
     device: str,
 ) -> ad.AnnData:
     """Make the features that a model reads from images and positions of cells."""
+    wanted = reads(model)
     if not isinstance(source, str | Path | Source) or is_store(str(source)):
         raise DataError(
             f"{_called(source)}: this model reads imaging features of cells: give a folder of "
-            f"images and positions, or a table of {model.config.sizes.features} features a cell: "
-            f"{describe_features(model)}"
+            f"images and positions, or a table of {wanted.width} features a cell: "
+            f"{describe_features(wanted)}"
         )
     if not isinstance(source, Source):
         source = open_source(source, format=format, pixel_size=pixel_size)
@@ -245,14 +269,14 @@ def _features_of(
             f"{source.name}: say which sample each cell is of: sample= (--sample) names a column "
             f"of obs, one of {[str(c) for c in source.obs if str(c).startswith('Metadata_')]}"
         )
-    check_source(source, model.config.features.channels, eight_bit=eight_bit, sample=sample)
+    check_source(source, wanted.channels, eight_bit=eight_bit, sample=sample)
     if not isinstance(extractor, FeatureExtractor):
         extractor = load_extractor(weights=extractor)
-    made, size = extractor.config.n_features, model.config.sizes.features
-    if extractor.config.channels != model.config.features.channels or made != size:
+    made = extractor.config.n_features
+    if extractor.config.channels != wanted.channels or made != wanted.width:
         raise ModelError(
             f"{extractor.config.name}: makes {made} features of {list(extractor.config.channels)}, "
-            f"the model reads {size}: {describe_features(model)}"
+            f"the model reads {wanted.width}: {describe_features(wanted)}"
         )
     with bar("making features") as progress:
         return image_features(
@@ -318,8 +342,8 @@ def evaluate(
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not isinstance(loaded, PhenoSeq):
         raise ModelError(
-            f"{name}: predicts embeddings of samples, and a store has genes of cells; only models "
-            "of genes can be scored on one"
+            f"{name}: predicts genes or embeddings of samples, and a store has genes of cells; "
+            "only models of cells can be scored on one"
         )
     opened = Store(store)
     table = opened.table()

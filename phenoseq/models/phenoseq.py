@@ -154,10 +154,21 @@ class ContextDiffusion(nn.Module):
     def strangeness(self, context: tuple[Tensor, Tensor]) -> Tensor:
         """Return how far each context lies from those of training cells, ``(B,)``, about 1 inside.
 
-        The Mahalanobis distance of the pooled context, over the square root of its width.
+        The Mahalanobis distance of the pooled context, over the square root of its width; of a bag
+        the root of the mean square over its cells.
         """
-        away = (pool(*context) - self.context_mean) @ self.context_whiten
-        return away.square().mean(dim=1).sqrt()
+        cells, own = self.pooled(context)
+        away = (cells.flatten(0, 1) - self.context_mean) @ self.context_whiten
+        square = away.square().mean(dim=1).view(own.shape) * own
+        return (square.sum(dim=1) / own.sum(dim=1).clamp(min=1)).sqrt()
+
+    def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pooled tokens of cells, ``(B, N, dim)``, and which cells count, ``(B, N)``.
+
+        N is 1 where a context is of one cell.
+        """
+        cells = pool(*context)[:, None]
+        return cells, torch.ones_like(cells[..., 0], dtype=torch.bool)
 
     def with_record(self, training: TrainingRecord) -> Self:
         """Return this model with another training record."""

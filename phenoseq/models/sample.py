@@ -15,7 +15,7 @@ from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace
 from phenoseq.models.files import load_weights, read_config
 from phenoseq.models.givenfeatures import FeatureEncoder
-from phenoseq.models.phenoseq import ContextDiffusion
+from phenoseq.models.phenoseq import ContextDiffusion, pool
 
 
 class SamplePhenoSeq(ContextDiffusion):
@@ -81,6 +81,12 @@ class SamplePhenoSeq(ContextDiffusion):
         if keep is not None:
             seen = seen & keep[:, :, None]
         return rearrange(tokens, "(b n) t d -> b (n t) d", n=n), seen.flatten(1)
+
+    def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pooled tokens of cells, ``(B, N, dim)``, and which cells count, ``(B, N)``."""
+        tokens, keep = (x.unflatten(1, (-1, self.encoder.n_tokens)) for x in context)
+        cells = pool(tokens.flatten(0, 1), keep.flatten(0, 1)).unflatten(0, keep.shape[:2])
+        return cells, keep.any(dim=2)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

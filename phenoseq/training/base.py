@@ -148,7 +148,9 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         part = batch_idx % self.trainer.accumulate_grad_batches  # of a step
-        loss = self.training_loss(batch, self._generator(self.global_step, part))
+        generator = self._generator(self.global_step, part)
+        torch.manual_seed(generator.initial_seed())  # of dropout, so that a run can go on alike
+        loss = self.training_loss(batch, generator)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["rows"]))
         return loss
 

@@ -28,6 +28,7 @@ from phenoseq.training.checkpoints import (
     folder_of,
     steps_done,
 )
+from phenoseq.training.figures import SampleFigures
 from phenoseq.training.logs import CsvLogger, LearningCurves
 from phenoseq.training.memory import Fit, InPieces, free_memory, largest_batch, out_of_memory
 from phenoseq.training.module import PhenoSeqModule
@@ -97,6 +98,7 @@ class _CLI(LightningCLI):
         kwargs["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
         kwargs["callbacks"] = [
             *_listed(settings["callbacks"]),
+            SampleFigures(),
             WarmEMA(self._get(self.config_init, "ema")),
             InPieces(self.datamodule, fit.pieces),
             LearningCurves(),
