@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from phenoseq.api import evaluate, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
+    from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
     from phenoseq.zoo.registry import list_models, load_model
 
@@ -22,6 +23,7 @@ _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
     "decode": "phenoseq.inference.decode",
+    "embed": "phenoseq.inference.extract",
     "evaluate": "phenoseq.api",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
@@ -36,6 +38,7 @@ __all__ = [
     "Store",
     "__version__",
     "decode",
+    "embed",
     "evaluate",
     "list_models",
     "load_model",

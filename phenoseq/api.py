@@ -31,14 +31,14 @@ from phenoseq.evaluation.report import (
 )
 from phenoseq.inference.bagged import bag_job, describe_features, reads
 from phenoseq.inference.eightbit import EightBit
-from phenoseq.inference.extract import check_source, image_features
+from phenoseq.inference.extract import check_source, feature_job
 from phenoseq.inference.inputs import Inputs, open_inputs
 from phenoseq.inference.predictor import image_job
 from phenoseq.inference.samples import sample_job
-from phenoseq.inference.table import Job, predict_file, predict_table
-from phenoseq.inference.writer import check_out, open_table
+from phenoseq.inference.table import make_table, predict_table
+from phenoseq.inference.writer import check_out
 from phenoseq.models.config import ImageConfig
-from phenoseq.models.features import FeatureExtractor, load_extractor
+from phenoseq.models.features import Extractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
@@ -65,7 +65,7 @@ def predict(
     sample: str | None = None,
     published_steps: bool = False,
     eight_bit: EightBit | None = None,
-    extractor: str | Path | FeatureExtractor | None = None,
+    extractor: str | Path | Extractor | None = None,
 ) -> ad.AnnData:
     """Predict the gene expression of every cell of some images, or embeddings of samples.
 
@@ -117,8 +117,8 @@ def predict(
         :meth:`phenoseq.models.published.PublishedPhenoSeq.generate`.
     eight_bit, extractor
         For a model of features and a source of images: how pixels become 8 bits, see
-        :func:`phenoseq.inference.extract.image_features`; and the network that makes the features,
-        or the file of its weights, by default where torchvision keeps them.
+        :func:`phenoseq.embed`; and the network that makes the features, or the file of its
+        weights, by default where torchvision keeps them.
 
     Returns
     -------
@@ -164,7 +164,7 @@ def predict(
         how["keep_draws"] = keep_draws
     if not isinstance(loaded, PhenoSeq) and not _of_crops(loaded):
         _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
-        if _is_table(source):
+        if is_table(source):
             given = {"pixel_size": pixel_size, "format": format, "eight_bit": eight_bit}
             _refuse(given | {"extractor": extractor}, "a table of features")
         else:
@@ -181,7 +181,7 @@ def predict(
         return _predict_bags(source, loaded, sample, path, **how)
     of_cells = {"sample": sample} if isinstance(loaded, PhenoSeq) else {}
     _refuse({**of_cells, "eight_bit": eight_bit, "extractor": extractor}, "a model of images")
-    if _is_table(source):
+    if is_table(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
             "give their folder, store or crops, or choose a model of imaging features "
@@ -196,9 +196,10 @@ def predict(
         cells=cells,
     )
     if isinstance(loaded, PhenoSeq):
-        return _do(image_job(loaded, inputs, **how), path)
+        return make_table(image_job(loaded, inputs, **how), path, "predicting")
     assert isinstance(loaded, SamplePhenoSeq)
-    return _do(sample_job(loaded, inputs, _named(sample, inputs), **how), path)
+    job = sample_job(loaded, inputs, _named(sample, inputs), **how)
+    return make_table(job, path, "predicting")
 
 
 def _of_crops(model: Model) -> bool:
@@ -221,14 +222,6 @@ def _named(sample: str | None, cells: Cells | Inputs) -> str:
     return sample
 
 
-def _do(job: Job, path: Path | None) -> ad.AnnData:
-    with bar("predicting") as progress:
-        if path is None:
-            return predict_table(job, progress)
-        predict_file(job, path, progress)
-    return open_table(path)
-
-
 def _predict_bags(
     source: Any,
     model: PublishedPhenoSeq | SamplePhenoSeq,
@@ -239,8 +232,11 @@ def _predict_bags(
     features = Cells(source)
     named = _named(sample, features)
     if isinstance(model, PublishedPhenoSeq):
-        return _do(bag_job(model, features, named, **how), path)
-    return _do(sample_job(model, features, named, **how), path)
+        job = bag_job(model, features, named, **how)
+    else:
+        job = sample_job(model, features, named, **how)
+    del features  # with the names of all cells, before the work
+    return make_table(job, path, "predicting")
 
 
 def _features_of(
@@ -251,7 +247,7 @@ def _features_of(
     pixel_size: float | None,
     format: str | None,
     eight_bit: EightBit | None,
-    extractor: str | Path | FeatureExtractor | None,
+    extractor: str | Path | Extractor | None,
     device: str,
 ) -> ad.AnnData:
     """Make the features that a model reads from images and positions of cells."""
@@ -270,18 +266,16 @@ def _features_of(
             f"of obs, one of {[str(c) for c in source.obs if str(c).startswith('Metadata_')]}"
         )
     check_source(source, wanted.channels, eight_bit=eight_bit, sample=sample)
-    if not isinstance(extractor, FeatureExtractor):
+    if not isinstance(extractor, Extractor):
         extractor = load_extractor(weights=extractor)
-    made = extractor.config.n_features
-    if extractor.config.channels != wanted.channels or made != wanted.width:
+    made = extractor.n_features
+    if extractor.channels != wanted.channels or made != wanted.width:
         raise ModelError(
-            f"{extractor.config.name}: makes {made} features of {list(extractor.config.channels)}, "
+            f"{extractor.name}: makes {made} features of {list(extractor.channels)}, "
             f"the model reads {wanted.width}: {describe_features(wanted)}"
         )
-    with bar("making features") as progress:
-        return image_features(
-            source, extractor, eight_bit=eight_bit, sample=sample, device=device, progress=progress
-        )
+    job = feature_job(source, extractor, eight_bit=eight_bit, sample=sample, device=device)
+    return make_table(job, None, "making features")
 
 
 def _refuse(given: dict[str, Any], kind: str) -> None:
@@ -291,7 +285,7 @@ def _refuse(given: dict[str, Any], kind: str) -> None:
             raise DataError(f"{option!r} has no meaning for {kind}; leave it out")
 
 
-def _is_table(source: Any) -> bool:
+def is_table(source: Any) -> bool:
     """Tell whether a source is an AnnData, or a file of one."""
     if isinstance(source, ad.AnnData):
         return True

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_prepare(commands)
     train.add_train(commands)
     predict.add_predict(commands)
-    predict.add_features(commands)
+    predict.add_embed(commands)
     evaluate.add_evaluate(commands)
     predict.add_decode(commands)
     segment.add_segment(commands)

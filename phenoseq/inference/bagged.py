@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
 from phenoseq._version import __version__
-from phenoseq.data.backed import Cells, Matrix
+from phenoseq.data.backed import Cells, Matrix, dense
 from phenoseq.data.bags import Bags, constant_metadata, make_bags
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.predictor import pick_device
@@ -169,7 +168,7 @@ def checked(features: Cells, how: GivenFeatures) -> Matrix:
         )
     broken, first, step = 0, "", max(_CHECKED // (4 * size), 1)
     for start in range(0, matrix.shape[0], step):
-        bad = np.flatnonzero(~np.isfinite(_dense(matrix[start : start + step])).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(dense(matrix[start : start + step])).all(axis=1))
         if len(bad) and not broken:
             first = str(features.obs.index[start + bad[0]])
         broken += len(bad)
@@ -179,10 +178,6 @@ def checked(features: Cells, how: GivenFeatures) -> Matrix:
             "remove these cells or compute their features again"
         )
     return matrix
-
-
-def _dense(block: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
-    return block.toarray() if sparse.issparse(block) else block  # type: ignore[no-any-return]
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +190,7 @@ def plain(record: dict[str, Any]) -> dict[str, Any]:
 
 def rows_of(matrix: Matrix) -> Callable[[Rows], NDArray[np.float32]]:
     """Return what reads rows of a matrix, dense."""
-    return lambda rows: _dense(matrix.take(rows))
+    return lambda rows: dense(matrix.take(rows))
 
 
 def batches(
@@ -218,6 +213,7 @@ def batches(
         places = places.reshape(len(some), -1)
         for start in range(0, len(some), batch_size):
             yield some[start : start + batch_size], held[places[start : start + batch_size]]
+        del held  # before the next are read
 
 
 def _sampling(model: PublishedPhenoSeq, steps: int | None, published: bool) -> dict[str, Any]:

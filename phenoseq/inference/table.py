@@ -31,7 +31,8 @@ from scipy import sparse
 from phenoseq.data.source import MAX_PROBLEMS
 from phenoseq.disk import room_for
 from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.inference.writer import put_in_place
+from phenoseq.inference.writer import open_table, put_in_place
+from phenoseq.progress import bar
 
 Rows = NDArray[np.int64]
 Values = Mapping[str, NDArray[Any]]
@@ -103,6 +104,15 @@ class Job:
     var: pd.DataFrame
     uns: dict[str, Any]
     plan: Mapping[str, Any]
+
+
+def make_table(job: Job, out: Path | None, doing: str) -> ad.AnnData:
+    """Do a job with a progress bar, in memory, or in a file on which the table is open then."""
+    with bar(doing) as progress:
+        if out is None:
+            return predict_table(job, progress)
+        predict_file(job, out, progress)
+    return open_table(out)
 
 
 def predict_table(job: Job, progress: Progress | None = None) -> ad.AnnData:

@@ -84,9 +84,10 @@ class SamplePhenoSeq(ContextDiffusion):
 
     def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the pooled tokens of cells, ``(B, N, dim)``, and which cells count, ``(B, N)``."""
-        tokens, keep = (x.unflatten(1, (-1, self.encoder.n_tokens)) for x in context)
-        cells = pool(tokens.flatten(0, 1), keep.flatten(0, 1)).unflatten(0, keep.shape[:2])
-        return cells, keep.any(dim=2)
+        keep = rearrange(context[1], "b (n t) -> b n t", t=self.encoder.n_tokens)
+        tokens = rearrange(context[0], "b (n t) d -> (b n) t d", t=self.encoder.n_tokens)
+        cells = pool(tokens, keep.flatten(0, 1))
+        return rearrange(cells, "(b n) d -> b n d", n=keep.shape[1]), keep.any(dim=2)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -260,7 +260,7 @@ def test_a_backbone_that_cannot_be_recomputed(kinds):
 
 
 def test_an_encoded_bag_serves_its_rna_cells_one_by_one(kinds):
-    """The loss of a bag of three is that of each RNA cell with the same context, times and noise."""
+    """The loss of a bag of three is that of each with the same context, times and noise."""
     module, data = kinds["features"]()
     batch = first(data)
     model = module.model.eval()
