@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from scipy import sparse
 
 from phenoseq.data.dataset import Batch
 from phenoseq.models.config import ImageConfig, PhenoSeqConfig
@@ -28,7 +29,7 @@ from phenoseq.models.record import TrainingRecord
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.module import PhenoSeqModule
 
-BATCH, GENES, CROP, WARM, SECONDS = 64, 200, 48, 3, 25.0
+BATCH, GENES, CROP, WARM, SECONDS = 64, 200, 48, 3, 15.0
 WANTED = 1.7
 
 
@@ -40,7 +41,9 @@ class Module(PhenoSeqModule):
             return
         counts = np.random.default_rng(0).poisson(1.0, (512, GENES)).astype(np.float32)
         names = tuple(f"ENSG{i:011d}" for i in range(GENES))
-        space = fit_expression_space(counts, names, names, components=32, hidden=64, seed=0)
+        space = fit_expression_space(
+            sparse.csr_matrix(counts), names, names, components=32, hidden=64, seed=0
+        )
         config = PhenoSeqConfig(
             image=ImageConfig(
                 channels=("DNA", "ER", "RNA", "AGP"),

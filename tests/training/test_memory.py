@@ -70,7 +70,7 @@ def test_out_of_memory_in_validation_says_what_to_set(arguments, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(PhenoSeqModule, "validation_losses", full)
-    with pytest.raises(ModelError, match="in validation.* set data.batch_size to 16"):
+    with pytest.raises(ModelError, match=r"in validation.* set data.batch_size to 16"):
         train(arguments(epochs=1, **{"trainer.num_sanity_val_steps": 1}))
 
 
