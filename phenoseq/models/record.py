@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class TrainingRecord:
         cells, or samples; empty where it was not computed.
     version
         The phenoseq that trained it.
+    base
+        Of a model that was fine-tuned, what it came from: ``model`` (its name, where it had one),
+        ``digest`` (of its configuration and weights), ``source`` and ``identity`` of its training
+        data, and ``freeze``, what of it was not trained. Else empty.
     """
 
     source: str
@@ -34,3 +38,4 @@ class TrainingRecord:
     seed: int
     version: str
     reliability: tuple[float, ...] = ()
+    base: dict[str, str] = field(default_factory=dict)

@@ -21,7 +21,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
     """Read the JSON of a configuration and check its schema version.
 
     A configuration that names no network is of the first one, ``"phenoseq"``, which was alone when
-    it was written.
+    it was written; one whose training has no base was written before there was fine-tuning.
 
     Raises
     ------
@@ -39,6 +39,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
             "install the phenoseq that wrote it, or a newer one"
         )
     raw.setdefault(NETWORK, "phenoseq")
+    if isinstance(raw.get("training"), dict):
+        raw["training"] = {"base": {}, **raw["training"]}
     return dict(raw)
 
 
