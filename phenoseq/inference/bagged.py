@@ -17,9 +17,9 @@ from phenoseq._version import __version__
 from phenoseq.data.backed import Cells, Matrix, dense
 from phenoseq.data.bags import Bags, constant_metadata, make_bags
 from phenoseq.errors import DataError, PhenoseqWarning
+from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.predictor import pick_device
 from phenoseq.inference.randomness import bag_normals
-from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.givenfeatures import GivenFeatures
 from phenoseq.models.published import PublishedPhenoSeq, published_times

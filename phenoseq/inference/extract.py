@@ -25,8 +25,9 @@ from phenoseq.inference.eightbit import (
     warn_eight_bit,
 )
 from phenoseq.inference.inputs import known_columns
+from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.predictor import pick_device
-from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table, make_table
+from phenoseq.inference.table import make_table
 from phenoseq.inference.writer import check_out
 from phenoseq.models.features import VIT_L_16, Extractor, FeatureExtractor, load_extractor
 from phenoseq.models.timm_features import load_timm

@@ -16,8 +16,8 @@ from torch import Tensor
 from phenoseq._version import __version__
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.inputs import Inputs
+from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
-from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
 from phenoseq.models.config import ImageConfig
 from phenoseq.models.counts import nb_quantile, summarise_mixture
 from phenoseq.models.expression import ExpressionConfig, ExpressionSpace

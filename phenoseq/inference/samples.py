@@ -28,6 +28,7 @@ from phenoseq.inference.bagged import (
     tell_strange,
 )
 from phenoseq.inference.inputs import Inputs
+from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.predictor import (
     QUANTILES,
     missing_channels,
@@ -38,7 +39,6 @@ from phenoseq.inference.predictor import (
     var_of,
 )
 from phenoseq.inference.randomness import bag_normals, cell_uniforms
-from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
 from phenoseq.models.config import ImageConfig
 from phenoseq.models.embedding import EmbeddingSpace
 from phenoseq.models.expression import ExpressionSpace

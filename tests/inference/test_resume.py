@@ -29,7 +29,7 @@ RUN = """
 import os, time, warnings
 import numpy as np
 from phenoseq import predict
-from phenoseq.inference import bagged, predictor, table
+from phenoseq.inference import bagged, blocks, predictor
 
 warnings.simplefilter("ignore")
 os.environ.update(environment)
@@ -43,8 +43,8 @@ def slowly(function):
         return function(*args)
     return slow
 
-table._InBlocks.flush = slowly(table._InBlocks.flush)
-table._append = slowly(table._append)
+blocks.Blocks.flush = slowly(blocks.Blocks.flush)
+blocks._append = slowly(blocks._append)
 predict(source, out=out, device="cpu", n_samples=2, **how)
 """
 WHICH = ["cells", "bags"]
@@ -200,7 +200,7 @@ def test_positions_of_another_table_are_another_prediction(model, plate, tmp_pat
     obs = plate.source.obs[["field", "x_centroid", "y_centroid"]].iloc[:20]
     out, how = tmp_path / "out.h5ad", {"model": model, "n_samples": 1, "device": "cpu"}
     with monkeypatch.context() as patch:
-        patch.setattr("phenoseq.inference.table.put_in_place", lambda *_: 1 / 0)
+        patch.setattr("phenoseq.inference.blocks.put_in_place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             phenoseq.predict(plate.source, cells=obs, out=out, **how)
     moved = obs.assign(x_centroid=obs["x_centroid"] + 1)
