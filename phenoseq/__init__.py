@@ -12,7 +12,7 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import evaluate, predict
+    from phenoseq.api import evaluate, finetune, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
@@ -25,6 +25,7 @@ _LAZY = {
     "decode": "phenoseq.inference.decode",
     "embed": "phenoseq.inference.extract",
     "evaluate": "phenoseq.api",
+    "finetune": "phenoseq.api",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",
@@ -40,6 +41,7 @@ __all__ = [
     "decode",
     "embed",
     "evaluate",
+    "finetune",
     "list_models",
     "load_model",
     "predict",

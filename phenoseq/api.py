@@ -1,11 +1,11 @@
-"""The calls that most people need: predict, and score what was predicted."""
+"""The calls that most people need: predict, score what was predicted, and fine-tune."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -29,20 +29,26 @@ from phenoseq.evaluation.report import (
     score_all,
     scored_genes,
 )
-from phenoseq.inference.bagged import bag_job, describe_features
+from phenoseq.inference.bagged import bag_job, describe_features, reads
 from phenoseq.inference.eightbit import EightBit
 from phenoseq.inference.extract import check_source, feature_job
-from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.inputs import Inputs, open_inputs
 from phenoseq.inference.predictor import image_job
+from phenoseq.inference.samples import sample_job
 from phenoseq.inference.table import make_table, predict_table
 from phenoseq.inference.writer import check_out
+from phenoseq.models.config import ImageConfig
 from phenoseq.models.features import Extractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.progress import bar
 from phenoseq.training.baselines import fit_baselines
 from phenoseq.zoo.registry import load_model
+
+if TYPE_CHECKING:
+    from phenoseq.training.finetune import Freeze
 
 
 def predict(
@@ -152,10 +158,15 @@ def predict(
     path = check_out(out) if out is not None else None
     name = str(model) if isinstance(model, str | Path) else ""
     loaded = load_model(model) if isinstance(model, str | Path) else model
+    how: dict[str, Any] = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device}
+    how["name"] = name
     if isinstance(loaded, PublishedPhenoSeq):
-        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
-        how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
         how["published_steps"] = published_steps
+    else:
+        _refuse({"published_steps": published_steps or None}, "this network")
+        how["keep_draws"] = keep_draws
+    if not isinstance(loaded, PhenoSeq) and not _of_crops(loaded):
+        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
         if is_table(source):
             given = {"pixel_size": pixel_size, "format": format, "eight_bit": eight_bit}
             _refuse(given | {"extractor": extractor}, "a table of features")
@@ -171,8 +182,8 @@ def predict(
                 device=device,
             )
         return _predict_bags(source, loaded, sample, path, **how)
-    given = {"sample": sample, "published_steps": published_steps or None}
-    _refuse(given | {"eight_bit": eight_bit, "extractor": extractor}, "a model of images")
+    of_cells = {"sample": sample} if isinstance(loaded, PhenoSeq) else {}
+    _refuse({**of_cells, "eight_bit": eight_bit, "extractor": extractor}, "a model of images")
     if is_table(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
@@ -181,42 +192,59 @@ def predict(
         )
     inputs = open_inputs(
         source,
-        loaded.config.image,
+        _image_of(loaded),
         channels=channels,
         pixel_size=pixel_size,
         format=format,
         cells=cells,
     )
-    job = image_job(
-        loaded,
-        inputs,
-        n_samples=n_samples,
-        steps=steps,
-        seed=seed,
-        device=device,
-        keep_draws=keep_draws,
-        name=name,
-    )
+    if isinstance(loaded, PhenoSeq):
+        return make_table(image_job(loaded, inputs, **how), path, "predicting")
+    assert isinstance(loaded, SamplePhenoSeq)
+    job = sample_job(loaded, inputs, _named(sample, inputs), **how)
     return make_table(job, path, "predicting")
 
 
-def _predict_bags(
-    source: Any, model: PublishedPhenoSeq, sample: str | None, path: Path | None, **how: Any
-) -> ad.AnnData:
-    features = Cells(source)
+def _of_crops(model: Model) -> bool:
+    """Tell whether a model of samples reads crops."""
+    return isinstance(model, SamplePhenoSeq) and isinstance(model.config.cells, ImageConfig)
+
+
+def _image_of(model: Model) -> ImageConfig:
+    image = model.config.image if isinstance(model, PhenoSeq) else model.config.cells  # type: ignore[union-attr]
+    assert isinstance(image, ImageConfig)
+    return image
+
+
+def _named(sample: str | None, cells: Cells | Inputs) -> str:
     if sample is None:
         raise DataError(
-            f"{features.name}: say which sample each cell is of: sample= (--sample) names a column "
-            f"of obs, one of {[str(column) for column in features.obs.columns][:20]}"
+            f"{cells.name}: say which sample each cell is of: sample= (--sample) names a column "
+            f"of obs, one of {[str(column) for column in cells.obs.columns][:20]}"
         )
-    job = bag_job(model, features, sample, **how)
+    return sample
+
+
+def _predict_bags(
+    source: Any,
+    model: PublishedPhenoSeq | SamplePhenoSeq,
+    sample: str | None,
+    path: Path | None,
+    **how: Any,
+) -> ad.AnnData:
+    features = Cells(source)
+    named = _named(sample, features)
+    if isinstance(model, PublishedPhenoSeq):
+        job = bag_job(model, features, named, **how)
+    else:
+        job = sample_job(model, features, named, **how)
     del features  # with the names of all cells, before the work
     return make_table(job, path, "predicting")
 
 
 def _features_of(
     source: Any,
-    model: PublishedPhenoSeq,
+    model: PublishedPhenoSeq | SamplePhenoSeq,
     sample: str | None,
     *,
     pixel_size: float | None,
@@ -226,11 +254,12 @@ def _features_of(
     device: str,
 ) -> ad.AnnData:
     """Make the features that a model reads from images and positions of cells."""
+    wanted = reads(model)
     if not isinstance(source, str | Path | Source) or is_store(str(source)):
         raise DataError(
             f"{_called(source)}: this model reads imaging features of cells: give a folder of "
-            f"images and positions, or a table of {model.config.sizes.features} features a cell: "
-            f"{describe_features(model)}"
+            f"images and positions, or a table of {wanted.width} features a cell: "
+            f"{describe_features(wanted)}"
         )
     if not isinstance(source, Source):
         source = open_source(source, format=format, pixel_size=pixel_size)
@@ -239,14 +268,14 @@ def _features_of(
             f"{source.name}: say which sample each cell is of: sample= (--sample) names a column "
             f"of obs, one of {[str(c) for c in source.obs if str(c).startswith('Metadata_')]}"
         )
-    check_source(source, model.config.features.channels, eight_bit=eight_bit, sample=sample)
+    check_source(source, wanted.channels, eight_bit=eight_bit, sample=sample)
     if not isinstance(extractor, Extractor):
         extractor = load_extractor(weights=extractor)
-    made, size = extractor.n_features, model.config.sizes.features
-    if extractor.channels != model.config.features.channels or made != size:
+    made = extractor.n_features
+    if extractor.channels != wanted.channels or made != wanted.width:
         raise ModelError(
             f"{extractor.name}: makes {made} features of {list(extractor.channels)}, "
-            f"the model reads {size}: {describe_features(model)}"
+            f"the model reads {wanted.width}: {describe_features(wanted)}"
         )
     job = feature_job(source, extractor, eight_bit=eight_bit, sample=sample, device=device)
     return make_table(job, None, "making features")
@@ -310,8 +339,8 @@ def evaluate(
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not isinstance(loaded, PhenoSeq):
         raise ModelError(
-            f"{name}: predicts embeddings of samples, and a store has genes of cells; only models "
-            "of genes can be scored on one"
+            f"{name}: predicts genes or embeddings of samples, and a store has genes of cells; "
+            "only models of cells can be scored on one"
         )
     opened = Store(store)
     table = opened.table()
@@ -359,3 +388,93 @@ def evaluate(
         symbols = {"symbol": table.var["symbol"].to_numpy()}
         pd.DataFrame({**symbols, **each}, index=table.var_names).to_csv(folder / "genes.csv")
     return scores
+
+
+def finetune(
+    model: str | Path | Model,
+    store: str | Path,
+    *,
+    freeze: Freeze = "encoder",
+    genes: Sequence[str] | None = None,
+    channels: Sequence[str] | None = None,
+    split: SplitConfig | None = None,
+    epochs: int = 30,
+    lr: float | None = None,
+    cache: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> PhenoSeq:
+    """Train a model on, on your own cells; the model given stays as it is.
+
+    The new model predicts the genes of the store from the stains of the store. Shared genes (by
+    Ensembl id, then symbol) and shared stains (by name) keep what was learned;
+    :func:`phenoseq.models.adapt.adapt` says how. Training stops where the loss of the validation
+    cells no longer falls, and the weights with the least are kept.
+
+    Parameters
+    ----------
+    model
+        A name of the zoo, a folder, or a loaded model of single cells.
+    store
+        Made by ``phenoseq prepare`` of images and counts of the same cells. Crops of another pixel
+        size than the model's are taken as they are, with a warning.
+    freeze
+        What is not trained: ``"encoder"`` (fast: every crop is encoded once), ``"none"`` (stages of
+        the encoder learn slower towards the image), or ``"all-but-head"`` (only the projections
+        into and out of the latent are trained: for very few cells).
+    genes, channels
+        Ids or symbols of the genes to predict, and stains to read; all of the store by default.
+    split
+        How cells are divided into training, validation, calibration and test; by default as the
+        model was trained with, so that on its own data its test cells stay unseen.
+    epochs
+        Passes over the training cells, at most.
+    lr
+        Highest learning rate; by default 0.001 where the encoder is frozen, else 0.0003.
+    cache
+        Keep the tokens of a frozen encoder on disk while training (four of the eight symmetries of
+        each crop). Without it crops are encoded in every epoch, with all augmentations.
+    seed
+        Of all that is fitted and drawn.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+    out
+        Folder of the new model. A folder beside it, ``OUT.run``, holds the run: metrics,
+        checkpoints, and ``kept.json``, which lists the genes and stains kept. A run that was killed
+        goes on from there under the same call.
+    report
+        Called with what of the model is kept, before the training; ``print``, say.
+
+    Returns
+    -------
+    The new model, in evaluation mode, on the CPU. ``config.training.base`` says what it came from.
+
+    Raises
+    ------
+    DataError
+        Where the store cannot be used, a part of the split has no cells, or ``out`` exists.
+    ModelError
+        Where the model is not one of single cells, its backbone cannot read crops of that size, or
+        ``OUT.run`` holds a run with other settings.
+    """
+    from phenoseq.training.finetune import finetune as run_finetune
+
+    name = str(model) if isinstance(model, str | Path) else ""
+    return run_finetune(
+        load_model(model) if isinstance(model, str | Path) else model,  # type: ignore[arg-type]
+        store,
+        name=Path(name).name,
+        freeze=freeze,
+        genes=genes,
+        channels=channels,
+        split=split,
+        epochs=epochs,
+        lr=lr,
+        cache=cache,
+        seed=seed,
+        device=device,
+        out=out,
+        report=report,
+    )

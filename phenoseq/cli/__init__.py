@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     prepare.add_prepare(commands)
     train.add_train(commands)
+    train.add_finetune(commands)
     predict.add_predict(commands)
     predict.add_embed(commands)
     evaluate.add_evaluate(commands)

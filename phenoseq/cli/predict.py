@@ -114,8 +114,9 @@ def _predict(options: argparse.Namespace) -> int:
         extractor=extractor,
     )
     if result.uns["phenoseq"]["pairing"] == "sample":
-        kind = result.uns["phenoseq"]["embedding"]
-        print(f"{options.out}: {result.n_obs:,} bags, {kind} embeddings of {result.n_vars} numbers")
+        kind = result.uns["phenoseq"].get("embedding")
+        what = f"{kind} embeddings of {result.n_vars} numbers" if kind else f"{result.n_vars} genes"
+        print(f"{options.out}: {result.n_obs:,} bags, {what}")
     else:
         print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
     return 0

@@ -1,7 +1,8 @@
-"""``phenoseq train``: handed to LightningCLI as it is."""
+"""``phenoseq train``, handed to LightningCLI as it is, and ``phenoseq finetune``."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from phenoseq.cli.options import Commands
@@ -18,4 +19,65 @@ def run_train(args: Sequence[str]) -> int:
 
     out = train(args)
     print(f"model in {out}; try: phenoseq evaluate --model {out} --store STORE")
+    return 0
+
+
+def add_finetune(commands: Commands) -> None:
+    """Add ``phenoseq finetune``."""
+    finetune = commands.add_parser("finetune", help="train a model on, on your own data")
+    finetune.add_argument("model", help="name in the zoo, or folder, of the model to start from")
+    finetune.add_argument("store", help="prepared store")
+    finetune.add_argument("-o", "--out", required=True, help="folder of the new model")
+    finetune.add_argument(
+        "--freeze",
+        choices=["encoder", "none", "all-but-head"],
+        default="encoder",
+        help="what is not trained (%(default)s)",
+    )
+    finetune.add_argument("--genes", help="text file of the genes to predict, one a line (all)")
+    finetune.add_argument("--channels", help="stains to read, A,B (all)")
+    finetune.add_argument(
+        "--split-by", help="column of obs by whose groups cells are divided (as the base model's)"
+    )
+    finetune.add_argument("--block", type=float, help="um, side of the blocks they are divided by")
+    finetune.add_argument("--epochs", type=int, default=30, help="at most (%(default)s)")
+    finetune.add_argument("--lr", type=float, help="highest learning rate (by what is frozen)")
+    finetune.add_argument("--no-cache", action="store_true", help="encode crops in every epoch")
+    finetune.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    finetune.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    finetune.set_defaults(run=_finetune)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from phenoseq.api import finetune
+    from phenoseq.data.splits import SplitConfig
+    from phenoseq.errors import DataError
+    from phenoseq.genes import read_gene_list
+
+    split = None
+    if options.split_by and options.block:
+        raise DataError("--split-by takes the groups of a column, --block squares; give one")
+    if options.split_by:
+        split = SplitConfig(by=options.split_by, block=None)
+    elif options.block:
+        split = SplitConfig(block=options.block)
+    finetune(
+        options.model,
+        options.store,
+        freeze=options.freeze,
+        genes=list(read_gene_list(options.genes).index) if options.genes else None,
+        channels=options.channels.split(",") if options.channels else None,
+        split=split,
+        epochs=options.epochs,
+        lr=options.lr,
+        cache=not options.no_cache,
+        seed=options.seed,
+        device=options.device,
+        out=options.out,
+        report=print,
+    )
+    print(
+        f"model in {options.out}; try: phenoseq evaluate --model {options.out} "
+        f"--store {options.store}"
+    )
     return 0

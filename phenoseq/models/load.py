@@ -8,9 +8,15 @@ from phenoseq.errors import ModelError
 from phenoseq.models.files import read_config
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.models.strict import NETWORK, parse
 
-Model = PhenoSeq | PublishedPhenoSeq
+Model = PhenoSeq | SamplePhenoSeq | PublishedPhenoSeq
+_NETWORKS: dict[str, type[Model]] = {
+    "phenoseq": PhenoSeq,
+    "sample": SamplePhenoSeq,
+    "published": PublishedPhenoSeq,
+}
 
 
 def load_folder(folder: str | Path) -> Model:
@@ -23,11 +29,9 @@ def load_folder(folder: str | Path) -> Model:
     """
     text, where = read_config(folder)
     network = parse(text, where)[NETWORK]
-    if network == "phenoseq":
-        return PhenoSeq.load(folder)
-    if network == "published":
-        return PublishedPhenoSeq.load(folder)
-    raise ModelError(
-        f"{where}: is of the network {network!r}, this phenoseq knows 'phenoseq' and 'published'; "
-        "install a newer phenoseq"
-    )
+    if network not in _NETWORKS:
+        raise ModelError(
+            f"{where}: is of the network {network!r}, this phenoseq knows {list(_NETWORKS)}; "
+            "install a newer phenoseq"
+        )
+    return _NETWORKS[network].load(folder)

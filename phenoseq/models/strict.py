@@ -21,7 +21,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
     """Read the JSON of a configuration and check its schema version.
 
     A configuration that names no network is of the first one, ``"phenoseq"``, which was alone when
-    it was written.
+    it was written; one whose training has no base was written before there was fine-tuning.
 
     Raises
     ------
@@ -39,6 +39,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
             "install the phenoseq that wrote it, or a newer one"
         )
     raw.setdefault(NETWORK, "phenoseq")
+    if isinstance(raw.get("training"), dict):
+        raw["training"] = {"base": {}, **raw["training"]}
     return dict(raw)
 
 
@@ -68,6 +70,9 @@ def build(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal and raw in args:
         return raw
     if origin is types.UnionType:
+        parts = [option for option in args if is_dataclass(option)]
+        if parts and isinstance(raw, dict):
+            return build(max(parts, key=lambda part: _alike(part, raw)), raw, where)
         for option in args:
             if option is type(None) and raw is None:
                 return None
@@ -78,6 +83,12 @@ def build(kind: Any, raw: Any, where: str) -> Any:
     if isinstance(kind, type) and origin is None and _is(raw, kind):
         return raw
     raise ModelError(f"{where}: {raw!r} is not {kind}")
+
+
+def _alike(part: Any, raw: Mapping[str, Any]) -> int:
+    """Count the fields that a part and what is written have in common, less the others."""
+    names = {f.name for f in fields(part)}
+    return len(names & set(raw)) - len(names ^ set(raw))
 
 
 def _is(raw: Any, kind: type) -> bool:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: Standard deviation of the log gain.
 GAIN = 0.1
+#: Turns and mirrorings of a square.
+SYMMETRIES = 8
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -19,11 +21,16 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     generator
         On the CPU.
     """
-    which = torch.randint(8, (len(images),), generator=generator).to(images.device)
+    which = torch.randint(SYMMETRIES, (len(images),), generator=generator).to(images.device)
     out = images.clone()
-    for symmetry in range(1, 8):
+    for symmetry in range(1, SYMMETRIES):
         some = which == symmetry
-        turned = torch.rot90(images[some], symmetry % 4, (2, 3))
-        out[some] = turned.flip(3) if symmetry >= 4 else turned
+        out[some] = turn(images[some], symmetry)
     gain = torch.randn(*images.shape[:2], 1, 1, generator=generator).to(images.device)
     return out * torch.exp(GAIN * gain)
+
+
+def turn(images: Tensor, symmetry: int) -> Tensor:
+    """Turn images ``(B, C, H, H)`` by one of the eight symmetries; 0 leaves them as they are."""
+    turned = torch.rot90(images, symmetry % 4, (2, 3))
+    return turned.flip(3) if symmetry >= SYMMETRIES // 2 else turned

@@ -27,6 +27,8 @@ def main() -> None:
     bench("Start-up", str(HERE / "startup.py"))
     bench("Accuracy of the samplers", str(HERE / "diffusion_accuracy.py"))
     bench("The published network, ours against the plain way", str(HERE / "published.py"))
+    bench("Two processes against one", str(HERE / "ddp.py"))
+    bench("Gradient checkpointing of the encoder", str(HERE / "recompute.py"))
     bench("predict to a file: memory", str(HERE / "memory.py"))
     if not SECTION.is_dir():
         print(f"\nno Xenium section at {SECTION}: the benchmarks on it are left out")

@@ -1,0 +1,318 @@
+"""Is fine-tuning worth it? A trained model against training from scratch and against a ridge.
+
+    python examples/finetune_study.py section XENIUM.zarr OUT    # 500, 2,000 and 10,000 cells
+    python examples/finetune_study.py merscope MERSCOPE.zarr OUT # another assay, tissue and stains
+
+``section`` trains a base model on the left half of a section, and goes on with cells of the right
+half. ``merscope`` starts from the released xenium-pancreas, and holds out each fifth of the tissue
+in turn. Both leave a table, results.csv, and a figure, results.png, in OUT, and go on where they
+were stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import zarr
+from matplotlib.figure import Figure
+
+import phenoseq
+from phenoseq.data.datamodule import StoreDataModule, split_of
+from phenoseq.data.splits import SplitConfig
+from phenoseq.data.store import Store, write_element
+from phenoseq.evaluation.metrics import e_distance, pcc_gene, variance_ratio
+from phenoseq.evaluation.report import normalised, scored_genes
+from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.predictor import run
+from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.training.baselines import fit_baselines
+from phenoseq.training.finetune import finetune
+from phenoseq.training.module import PhenoSeqModule
+
+SIZES = (500, 2_000, 10_000)
+FOLDS = 5
+PARTS = ("train", "val", "test")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=["section", "merscope"])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--epochs", type=int, default=20, help="of every training, at most")
+    parser.add_argument("--base-epochs", type=int, default=6, help="of the base model")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="training cells")
+    parser.add_argument("--test", type=int, default=10_000, help="test cells at most")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    study = Study(options.out, options.epochs, options.test)
+    {"section": section, "merscope": merscope}[options.study](study, options)
+
+
+# ---------------------------------------------------------------------------------- the two studies
+
+
+def section(study: Study, options: argparse.Namespace) -> None:
+    """Fine-tune with few cells of the half of a section that the base model has not seen."""
+    store = Store(options.store)
+    obs = store.obs()
+    part = split_of(store, SplitConfig()).part
+    x = obs["x_centroid"].to_numpy()
+    half = store.manifest.crop_width / 2
+    left, right = x < np.median(x) - half, x > np.median(x) + half
+    roles = {"Metadata_left": np.where(left, part, "out")}
+    for seed in range(options.seeds):
+        rng = np.random.default_rng(seed)
+        for n in options.sizes:
+            role = np.full(len(obs), "out", dtype="<U8")
+            for name, most in (("train", n), ("val", max(n // 5, 100)), ("test", options.test)):
+                rows = np.flatnonzero(right & (part == name))
+                which = np.random.default_rng(0) if name == "test" else rng
+                role[which.choice(rows, min(most, len(rows)), replace=False)] = name
+            roles[f"Metadata_{n}_{seed}"] = role
+    path = with_roles(store, options.out / "section.zarr", roles)
+    base = trained(path, "Metadata_left", options.out / "base", options.base_epochs)
+    genes = scored_genes(store.counts(np.flatnonzero(right & (part == "train"))))
+    for seed in range(options.seeds):
+        for n in options.sizes:
+            case = Case(path, f"Metadata_{n}_{seed}", n, seed, genes)
+            study.baselines(case)
+            study.score(case, "base as it is", lambda: base)
+            study.all_trained(case, base)
+    study.draw("training cells", log=True)
+
+
+def merscope(study: Study, options: argparse.Namespace) -> None:
+    """Fine-tune on a small sample of another assay, each strip of the tissue held out in turn."""
+    store = Store(options.store)
+    x = store.obs()["x_centroid"].to_numpy()
+    half = store.manifest.crop_width / 2
+    edges = np.quantile(x, np.linspace(0, 1, FOLDS + 1))
+    strip = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, FOLDS - 1)
+    roles = {}
+    for fold in range(FOLDS):
+        names = np.full(FOLDS, "train", dtype="<U8")
+        names[fold], names[(fold + 1) % FOLDS] = "test", "val"
+        role = names[strip]
+        for edge, before, after in zip(edges[1:-1], names[:-1], names[1:], strict=True):
+            if before != after:  # no crop reaches into another part
+                role[np.abs(x - edge) < half] = "out"
+        roles[f"Metadata_fold{fold}"] = role
+    path = with_roles(store, options.out / "merscope.zarr", roles)
+    genes = scored_genes(store.counts(np.arange(len(x))))
+    base = phenoseq.load_model("xenium-pancreas")
+    for seed in range(options.seeds):
+        for fold, (column, role) in enumerate(roles.items()):
+            n = int((role == "train").sum())
+            case = Case(path, column, n, seed, genes, fold)
+            study.baselines(case)
+            study.all_trained(case, base)
+    study.draw("fold", log=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Cells to train on and to test on: a column of the store says which; and the scored genes."""
+
+    store: Path
+    column: str
+    n: int
+    seed: int
+    genes: np.ndarray
+    fold: int = 0
+
+    @property
+    def split(self) -> SplitConfig:
+        return by_role(self.column)
+
+
+# ------------------------------------------------------------------------------- trained and scored
+
+
+class Study:
+    """Trains, scores, and writes a row at a time; what has a row is not made again."""
+
+    def __init__(self, out: Path, epochs: int, most_test: int) -> None:
+        self.out, self.epochs, self.most_test = out, epochs, most_test
+        self.file = out / "results.csv"
+
+    def all_trained(self, case: Case, base: PhenoSeq) -> None:
+        """Fine-tune in each way, and train from scratch with the same budget."""
+        for freeze in ("all-but-head", "encoder", "none"):
+            self.score(
+                case, f"fine-tuned, frozen: {freeze}", lambda f=freeze: self.tune(case, base, f)
+            )
+        self.score(
+            case, "from scratch", lambda: self.tune(case, untrained(case, base), "none", 1e-3)
+        )
+
+    def tune(self, case: Case, base: PhenoSeq, freeze: str, lr: float | None = None) -> PhenoSeq:
+        name = f"{case.column}-{case.seed}-{freeze}-{'tuned' if lr is None else 'scratch'}"
+        folder = self.out / "models" / name
+        if folder.exists():
+            return PhenoSeq.load(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return finetune(
+                base, case.store, freeze=freeze, split=case.split, epochs=self.epochs, lr=lr,
+                seed=case.seed, out=folder, report=None,
+            )  # fmt: skip
+
+    def baselines(self, case: Case) -> None:
+        names = ("ridge on intensity statistics", "training mean")
+        if all(self.done(case, name) for name in names):
+            return
+        store, train, test, truth, median = opened(case)
+        made = fit_baselines(store, store.table(), train, test, median=median, seed=case.seed)
+        for name in names:
+            self.add(case, name, truth, np.asarray(made[name].X), None, 0.0)
+
+    def score(self, case: Case, name: str, make) -> None:
+        if self.done(case, name):
+            return
+        start = time.perf_counter()
+        model = make()
+        seconds = time.perf_counter() - start
+        store, _, test, truth, median = opened(case)
+        inputs = open_inputs(store, model.config.image, rows=test)
+        made = run(model, inputs, seed=case.seed)
+        scale = median / model.config.expression.median_library
+        mean, draw = (
+            np.log1p(np.expm1(m) * scale) for m in (made.X, made.layers["draw"].toarray())
+        )
+        self.add(case, name, truth, mean, draw, seconds)
+
+    def done(self, case: Case, name: str) -> bool:
+        if not self.file.exists():
+            return False
+        rows = pd.read_csv(self.file)
+        return bool(((rows["column"] == case.column) & (rows["seed"] == case.seed)
+                     & (rows["method"] == name)).any())  # fmt: skip
+
+    def add(self, case: Case, name: str, truth, mean, draw, seconds: float) -> None:
+        genes = case.genes
+        draw = mean if draw is None else draw
+        row = {
+            "column": case.column,
+            "fold": case.fold,
+            "seed": case.seed,
+            "training cells": case.n,
+            "test cells": len(truth),
+            "genes": int(genes.sum()),
+            "method": name,
+            "pcc_gene": np.median(pcc_gene(truth[:, genes], mean[:, genes])),
+            "e_distance": e_distance(truth[:, genes], draw[:, genes])[0],
+            "variance_ratio": variance_ratio(truth[:, genes], draw[:, genes]),
+            "seconds": seconds,
+        }
+        old = pd.read_csv(self.file) if self.file.exists() else None
+        table = pd.concat([old, pd.DataFrame([row])], ignore_index=True)
+        partial = self.file.with_suffix(".partial")
+        table.round(4).to_csv(partial, index=False)
+        os.replace(partial, self.file)
+        print({k: v for k, v in table.round(4).iloc[-1].items() if k != "column"}, flush=True)
+
+    def draw(self, by: str, *, log: bool) -> None:
+        """Draw the scores of each method, its mean over seeds (and folds, where there are some)."""
+        table = pd.read_csv(self.file)
+        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        methods = list(dict.fromkeys(table["method"]))
+        for axis, score in zip(
+            figure.subplots(1, 3), ("pcc_gene", "e_distance", "variance_ratio"), strict=True
+        ):
+            for method in methods:
+                some = table[table["method"] == method].groupby(by)[score].mean()
+                axis.plot(some.index, some, marker="o", label=method)
+            axis.set(xlabel=by, title=score)
+            if log:
+                axis.set_xscale("log")
+            if score == "e_distance":
+                axis.set_yscale("log")
+        figure.axes[0].legend(frameon=False, fontsize=7)
+        figure.savefig(self.out / "results.png", dpi=150)
+
+
+def opened(case: Case):
+    """Return the store, its training and test cells, their true expression, and its scale."""
+    store = Store(case.store)
+    parts = split_of(store, case.split)
+    train, test = parts.rows("train"), parts.rows("test")
+    total = np.asarray(store.counts(train).sum(axis=1)).ravel()
+    median = float(np.median(total))
+    return store, train, test, normalised(store.counts(test), median), median
+
+
+def untrained(case: Case, like: PhenoSeq) -> PhenoSeq:
+    """Return a network of the same sizes that has seen nothing, its space fitted to the cells."""
+    config = like.config
+    data = StoreDataModule(case.store, case.split, seed=case.seed)
+    data.setup()
+    cells = min(case.n // 10, data.opened.counts(data.parts.rows("train")).shape[1] // 2)
+    module = PhenoSeqModule(
+        encoder=config.encoder,
+        denoiser=config.denoiser,
+        diffusion=config.diffusion,
+        components=min(config.expression.components, cells),
+        hidden=config.expression.hidden,
+        seed=case.seed,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        model, _ = module.build(data)
+    return model.eval()
+
+
+def trained(store: Path, column: str, out: Path, epochs: int) -> PhenoSeq:
+    """Train the base model on the cells of a column, encoder and all, as the released one was."""
+    if not (out / "model").exists():
+        from phenoseq.training.train import train
+
+        split = f"{{by: {column}, block: null, declared: {{train: [train], val: [val]}}}}"
+        settings = {
+            "data.store": store,
+            "data.split": split,
+            "trainer.max_epochs": epochs,
+            "trainer.gradient_clip_val": 1.0,
+            "trainer.enable_model_summary": "false",
+            "trainer.default_root_dir": out,
+            "model.diffusion.steps": 6,
+        }
+        train([f"--{name}={value}" for name, value in settings.items()])
+    return PhenoSeq.load(out / "model")
+
+
+# ---------------------------------------------------------------------------------------- the store
+
+
+def by_role(column: str) -> SplitConfig:
+    return SplitConfig(by=column, block=None, declared={part: [part] for part in PARTS})
+
+
+def with_roles(store: Store, path: Path, roles: dict[str, np.ndarray]) -> Path:
+    """Write a store with the same crops, and columns that say what each cell is for."""
+    if path.exists():
+        return path
+    partial = path.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    skip = shutil.ignore_patterns("table")
+    shutil.copytree(store.path, partial, ignore=skip)
+    table = store.table()
+    for column, role in roles.items():
+        table.obs[column] = pd.Categorical(role)
+    write_element(zarr.open_group(partial, mode="r+"), "table", table)
+    partial.rename(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Some stains and genes of a store, seen as if it held no others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from phenoseq.channels import canonical
+from phenoseq.data.dataset import CellStream
+from phenoseq.data.handover import Batch
+from phenoseq.data.store import Store
+from phenoseq.errors import DataError
+
+Rows = NDArray[np.int64]
+
+
+class SelectedStore(Store):
+    """A store of which some stains and genes are read.
+
+    Parameters
+    ----------
+    path
+        The store.
+    channels
+        Stains to read, by any of their names; all by default.
+    genes
+        Genes to read, by id or symbol; all by default.
+
+    Attributes
+    ----------
+    channel_rows, gene_rows
+        Their positions in the store, int64.
+
+    Raises
+    ------
+    DataError
+        Where there is no store, or it lacks one of them.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        channels: Sequence[str] | None = None,
+        genes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(path)
+        full = self.manifest
+        self.channel_rows, self.gene_rows = (
+            np.arange(len(full.channels)),
+            np.arange(len(full.genes)),
+        )
+        if channels is not None:
+            names = [canonical(name) for name in channels]
+            self.channel_rows = _places(names, [full.channels], f"{path}: stains")
+        if genes is not None:
+            self.gene_rows = _places(genes, [full.genes, full.symbols], f"{path}: genes")
+        chosen = tuple(full.channels[i] for i in self.channel_rows)
+        self.manifest = replace(
+            full,
+            channels=chosen,
+            channel_stats={name: full.channel_stats[name] for name in chosen},
+            genes=tuple(full.genes[i] for i in self.gene_rows),
+            symbols=tuple(full.symbols[i] for i in self.gene_rows),
+        )
+
+    def table(self) -> ad.AnnData:
+        """Return the expression table of these genes."""
+        return super().table()[:, self.gene_rows].copy()
+
+    def counts(self, rows: Rows) -> sparse.csr_matrix:
+        """Return the raw counts of these genes."""
+        return super().counts(rows)[:, self.gene_rows]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return these stains of the crops of cells ``start`` to ``stop``."""
+        return super().read(start, stop)[:, self.channel_rows]
+
+    def take(self, rows: Rows) -> NDArray[Any]:
+        """Return these stains of the crops of ``rows``."""
+        return super().take(rows)[:, self.channel_rows]
+
+
+class SelectedStream(CellStream):
+    """Batches of cells with the stains and genes of a selection; see its base for the rest."""
+
+    def __init__(self, store: SelectedStore, rows: Rows, **how: Any) -> None:
+        super().__init__(store.path, rows, **how)
+        self._channels = store.channel_rows
+        self._genes = store.gene_rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of this rank and worker."""
+        for batch in super().__iter__():
+            images, counts = batch["images"][:, self._channels], batch["counts"][:, self._genes]
+            yield batch | {"images": images, "counts": counts}
+
+
+def _places(wanted: Sequence[str], known: Sequence[Sequence[str]], where: str) -> Rows:
+    """Return the position of each name in the first of some lists that has it."""
+    places = []
+    for name in wanted:
+        found = next((list(names).index(name) for names in known if name in names), None)
+        if found is None:
+            every = [other for names in known for other in names]
+            near = difflib.get_close_matches(name, every, n=3) or list(known[0][:8])
+            raise DataError(f"{where} have no {name!r}; there are, for example, {near}")
+        places.append(found)
+    if not places or len(set(places)) < len(places):
+        raise DataError(f"{where}: choose at least one, and each once, not {list(wanted)}")
+    return np.array(places, dtype=np.int64)

@@ -1,0 +1,423 @@
+"""Fine-tuning: learns, leaves the base alone, keeps what is shared, and goes on when killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import phenoseq
+from phenoseq.cli import main
+from phenoseq.data.datamodule import StoreDataModule, split_of
+from phenoseq.data.selection import SelectedStore
+from phenoseq.data.simulate import PIXEL_SIZE, simulate_plate
+from phenoseq.data.splits import SplitConfig
+from phenoseq.data.storewriter import write_store
+from phenoseq.errors import DataError, ModelError, PhenoseqWarning
+from phenoseq.models.config import DiffusionConfig
+from phenoseq.models.denoiser import DenoiserConfig
+from phenoseq.models.encoder import EncoderConfig
+from phenoseq.models.files import digest_of_model
+from phenoseq.training import finetune as module_of
+from phenoseq.training.cache import TokenStream, cache_tokens
+from phenoseq.training.finetune import FinetuneData, FinetuneModule
+from phenoseq.training.module import PhenoSeqModule
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SPLIT = SplitConfig(by="Metadata_Well", block=None, test=0.2)
+
+
+@pytest.fixture(scope="module")
+def base(store):
+    """A small model that has seen the plate's images but was not trained."""
+    data = StoreDataModule(store.path, SPLIT)
+    data.setup()
+    module = PhenoSeqModule(
+        encoder=EncoderConfig("test_resnet"),
+        denoiser=DenoiserConfig(dim=32, depth=2, heads=2, tokens=2),
+        diffusion=DiffusionConfig(steps=4),
+        components=6,
+        hidden=16,
+    )
+    torch.manual_seed(0)
+    return module.build(data)[0].eval()
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    return base.save(tmp_path / "base")
+
+
+def tuned(base, store, out=None, **how):
+    settings = {"epochs": 2, "device": "cpu", "split": SPLIT, "out": out, **how}
+    return phenoseq.finetune(base, store.path, **settings)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Leave out the training; return the training cells of each that was left out."""
+    trained = []
+
+    def fit(module, data, *args, **kwargs):
+        trained.append([row for b in data.train_dataloader() for row in b["rows"].tolist()])
+
+    monkeypatch.setattr(module_of, "fit", fit)
+    monkeypatch.setattr(FinetuneModule, "finish", lambda self, data: self.model)
+    return trained
+
+
+def losses(root):
+    return pd.read_csv(root / "metrics.csv")["val_loss"].dropna().to_numpy()
+
+
+# ----------------------------------------------------------------------------------- what comes out
+
+
+def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_path, folder):
+    before = digest_of_model(base), [f.read_bytes() for f in sorted(folder.iterdir())]
+    out = tmp_path / "new"
+    told = []
+    new = phenoseq.finetune(
+        folder, store.path, epochs=8, lr=5e-3, freeze="none", device="cpu", out=out,
+        report=told.append,
+    )  # fmt: skip
+    assert (digest_of_model(base), [f.read_bytes() for f in sorted(folder.iterdir())]) == before
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    seen = losses(tmp_path / "new.run")
+    assert seen.min() < 0.95 * seen[0]
+    assert "60 shared" in told[0]
+    assert json.loads((tmp_path / "new.run" / "kept.json").read_text())["space_kept"]
+
+    again = phenoseq.load_model(out)
+    assert digest_of_model(again) == digest_of_model(new)
+    record = again.config.training
+    assert record.base == {
+        "model": "base",
+        "digest": before[0],
+        "source": base.config.training.source,
+        "identity": store.manifest.identity,
+        "freeze": "none",
+    }
+    assert record.split == base.config.training.split
+    assert len(record.reliability) == 60
+    assert np.mean(record.reliability) > 0.05
+    prediction = phenoseq.predict(store.path, model=again, n_samples=4, device="cpu")
+    assert 0.5 < np.median(prediction.obs["ood_score"]) < 2
+    scores = phenoseq.evaluate(again, store.path, device="cpu")
+    assert np.isfinite(scores[0].pcc_gene_median)
+
+
+def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monkeypatch):
+    losses_of = FinetuneModule.validation_losses
+    monkeypatch.setattr(  # the first epoch is the best
+        FinetuneModule, "validation_losses",
+        lambda self, batch: {
+            name: loss + 9 * self.current_epoch for name, loss in losses_of(self, batch).items()
+        },
+    )  # fmt: skip
+    new = tuned(base, store, tmp_path / "new", epochs=12, freeze="all-but-head").state_dict()
+    assert len(losses(tmp_path / "new.run")) == module_of.PATIENCE + 1  # and then it stopped
+    files = tmp_path / "new.run" / "checkpoints"
+    best, last = (
+        torch.load(files / f"{name}.ckpt", weights_only=False)["state_dict"]
+        for name in ("best", "last")
+    )
+    name = "denoiser.outward.weight"
+    assert torch.equal(best[f"model.{name}"], new[name])
+    assert not torch.equal(last[f"model.{name}"], new[name])
+
+
+@pytest.mark.parametrize(
+    ("freeze", "moved"),
+    [
+        ("encoder", {"denoiser"}),
+        ("none", {"encoder", "denoiser"}),
+        ("all-but-head", {"denoiser.inward", "denoiser.last", "denoiser.outward"}),
+    ],
+)
+def test_what_is_frozen_stays(base, store, freeze, moved):
+    new = tuned(base, store, epochs=1, freeze=freeze).state_dict()
+    old = base.state_dict()
+    changed = {
+        name for name in old
+        if name.startswith(("encoder", "denoiser")) and not torch.equal(old[name], new[name])
+    }  # fmt: skip
+    assert changed
+    assert all(name.startswith(tuple(moved)) for name in changed)
+    assert {part for part in moved if any(n.startswith(part) for n in changed)} == moved
+
+
+def test_stages_of_the_encoder_learn_slower_towards_the_image(base):
+    module = FinetuneModule(base, freeze="none", new_stains=False, lr=1.0, seed=0)
+    rate = {id(p): group["lr"] for group in module.parameter_groups() for p in group["params"]}
+    named = dict(base.named_parameters())
+    backbone = [n for n in named if n.startswith("encoder.backbone.") and id(named[n]) in rate]
+    rates = [rate[id(named[n])] for n in backbone]
+    assert rates == sorted(rates)
+    assert max(rates) == pytest.approx(0.7)
+    assert min(rates) == pytest.approx(0.7 ** len(set(rates)))
+    assert rate[id(base.denoiser.inward.weight)] == rate[id(base.encoder.stain)] == 1.0
+    # but for a stem that has new channels
+    module = FinetuneModule(base, freeze="none", new_stains=True, lr=1.0, seed=0)
+    rate = {id(p): group["lr"] for group in module.parameter_groups() for p in group["params"]}
+    assert rate[id(named["encoder.backbone.conv1.0.weight"])] == 1.0
+    base.requires_grad_(False)
+
+
+def test_only_training_cells_are_trained_on(base, store, no_training):
+    for cache in (True, False):
+        tuned(base, store, cache=cache)
+    train = split_of(store, SPLIT).rows("train").tolist()
+    assert [sorted(rows) for rows in no_training] == [train, train]
+
+
+# --------------------------------------------------------------------------------- genes and stains
+
+
+def test_some_genes_and_stains_of_a_store(base, store, no_training):
+    genes = [*store.manifest.genes[3:20], store.manifest.symbols[40]]
+    stains = store.manifest.channels[1:3]
+    new = tuned(base, store, genes=genes, channels=stains)
+    assert new.config.image.channels == stains
+    assert new.config.expression.genes == (*store.manifest.genes[3:20], store.manifest.genes[40])
+    crops = store.take(np.arange(4))[:, 1:3]
+    made = phenoseq.predict(crops, model=new, channels=stains, pixel_size=store.manifest.pixel_size,
+                            n_samples=2, device="cpu")  # fmt: skip
+    assert made.shape == (4, 18)
+    with pytest.raises(DataError, match="for example"):
+        tuned(base, store, channels=["DAPPI"])
+    with pytest.raises(DataError, match="have no 'NOGENE'"):
+        tuned(base, store, genes=["NOGENE"])
+    with pytest.raises(DataError, match="each once"):
+        tuned(base, store, channels=["DNA", "DAPI"])
+
+
+def test_a_selection_reads_what_it_says(store):
+    some = SelectedStore(store.path, ["AGP", "DAPI"], [store.manifest.symbols[5]])
+    at = [store.manifest.channels.index(name) for name in ("AGP", "DNA")]
+    rows = np.array([7, 3])
+    np.testing.assert_array_equal(some.take(rows), store.take(rows)[:, at])
+    np.testing.assert_array_equal(some.read(2, 5), store.read(2, 5)[:, at])
+    np.testing.assert_array_equal(some.counts(rows).toarray(), store.counts(rows).toarray()[:, [5]])
+    assert list(some.table().var_names) == [store.manifest.genes[5]]
+    assert set(some.manifest.channel_stats) == {"AGP", "DNA"}
+
+
+def test_cells_without_counts_of_the_chosen_genes_are_left_out(base, store):
+    rare = store.counts(np.arange(len(store))).toarray().sum(0).argsort()[:6]
+    genes = [store.manifest.genes[i] for i in rare]
+    data = FinetuneData(store.path, base, SPLIT, channels=None, genes=genes, seed=0)
+    data.setup()
+    kept = np.flatnonzero(data.parts.part != "unassigned")
+    total = store.counts(np.arange(len(store)))[:, np.sort(rare)].sum(axis=1).A1
+    assert set(kept) == set(np.flatnonzero(total > 0))
+
+
+# ------------------------------------------------------------------------------ warnings and errors
+
+
+def test_it_warns_of_few_cells_and_of_new_stains(base, store, monkeypatch, no_training):
+    with pytest.warns(PhenoseqWarning, match="training cells are few"):
+        tuned(base, store, epochs=1)
+    strange = SelectedStore(store.path)
+    monkeypatch.setattr(type(strange), "__init__", _renamed(type(strange).__init__, "DNA", "CD8"))
+    with pytest.warns(PhenoseqWarning, match=r"the stains \['CD8'\] are new to the encoder"):
+        tuned(base, store, epochs=1)
+
+
+def _renamed(init, old, new):
+    def renamed(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        names = tuple(new if name == old else name for name in self.manifest.channels)
+        self.manifest = replace(self.manifest, channels=names)
+
+    return renamed
+
+
+def test_another_pixel_size_is_told_with_the_command_that_avoids_it(base, tmp_path, no_training):
+    plate = simulate_plate(seed=5, wells_per_treatment=4, sites_per_well=1, cells_per_site=12)
+    other = write_store(
+        plate.source, tmp_path / "other.zarr", pixel_size=2 * PIXEL_SIZE, crop_px=48
+    )
+    command = f"--crop-pixel-size {PIXEL_SIZE} --crop-px 32"
+    with pytest.warns(PhenoseqWarning, match=command):
+        new = tuned(base, other, epochs=1)
+    assert new.config.image.crop_px == 48
+    assert new.config.image.pixel_size == 2 * PIXEL_SIZE
+
+
+def test_errors_say_what_to_do(base, store, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DataError, match="exists already; remove it"):
+        tuned(base, store, tmp_path / "there")
+    with pytest.raises(ModelError, match="choose from"):
+        tuned(base, store, freeze="head")
+    with pytest.raises(ModelError, match="only models of single cells"):
+        tuned(torch.nn.Linear(1, 1), store)
+
+
+def test_a_folder_of_another_run_is_refused(base, store, tmp_path):
+    tuned(base, store, tmp_path / "a", epochs=1)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(ModelError, match="holds a run with other settings: epochs is 2"):
+        tuned(base, store, tmp_path / "a", epochs=2)
+
+
+def test_a_store_that_divides_otherwise_than_the_base_is_refused(base, store, monkeypatch):
+    record = replace(base.config.training, split_digest="0" * 64)
+    monkeypatch.setattr(base, "config", replace(base.config, training=record))
+    with pytest.raises(DataError, match="divides its cells otherwise"):
+        tuned(base, store)
+
+
+def test_the_command(folder, store, tmp_path, capsys, no_training):
+    genes = tmp_path / "genes.txt"
+    genes.write_text("\n".join(store.manifest.genes[:30]))
+    out = tmp_path / "new"
+    options = ["--genes", genes, "--channels", "DNA,RNA", "--epochs", 1, "--device", "cpu"]
+    args = ["finetune", folder, store.path, "--out", out, "--split-by", "Metadata_Well", *options]
+    assert main([str(a) for a in args]) == 0
+    said = capsys.readouterr().out
+    assert "30 shared" in said
+    assert f"phenoseq evaluate --model {out}" in said
+    assert phenoseq.load_model(out).config.image.channels == ("DNA", "RNA")
+    assert main([str(a) for a in args]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- the cache
+
+
+def test_cached_tokens_are_those_of_the_encoder(base, store, tmp_path):
+    rows = np.array([5, 2, 300, 77])
+    cache = cache_tokens(base, store, rows, tmp_path, views=8)
+    batch = cache.batch(np.array([77, 2]), np.array([0, 5]))
+    crops = torch.from_numpy(store.take(np.array([77, 2])).astype(np.float32))
+    crops[1] = torch.rot90(crops[1], 1, (1, 2)).flip(2)
+    with torch.no_grad():
+        torch.testing.assert_close(batch["tokens"], base.encode(crops)[0], atol=4e-3, rtol=2e-3)
+    expected = store.counts(np.array([77, 2])).toarray()
+    np.testing.assert_array_equal(batch["counts"].numpy(), expected)
+
+
+def test_a_stale_cache_is_not_used(base, store, tmp_path):
+    rows = np.arange(20)
+    first = cache_tokens(base, store, rows, tmp_path, views=1).path
+    stamp = (first / "tokens.npy").stat().st_mtime_ns
+    assert cache_tokens(base, store, rows[::-1], tmp_path, views=1).path == first
+    assert (first / "tokens.npy").stat().st_mtime_ns == stamp
+    others = [
+        cache_tokens(base, store, rows[1:], tmp_path, views=1).path,
+        cache_tokens(base, store, rows, tmp_path, views=2).path,
+        cache_tokens(base, SelectedStore(store.path, genes=store.manifest.genes[:9]), rows,
+                     tmp_path, views=1).path,
+    ]  # fmt: skip
+    with torch.no_grad():
+        base.encoder.position[0, 0] += 1e-3
+    others.append(cache_tokens(base, store, rows, tmp_path, views=1).path)
+    with torch.no_grad():
+        base.encoder.position[0, 0] -= 1e-3
+    assert len({first, *others}) == 5
+
+
+def test_a_cache_that_was_cut_short_is_not_there(base, store, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phenoseq.training.cache._write_tokens", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        cache_tokens(base, store, np.arange(20), tmp_path, views=1)
+    assert not [p for p in tmp_path.rglob("*.npy")]
+
+
+def test_the_token_stream_gives_every_cell_once_and_goes_on_where_it_was(base, store, tmp_path):
+    rows = np.arange(10, 75)
+    cache = cache_tokens(base, store, rows, tmp_path, views=2)
+    how = {"batch_size": 16, "shuffle": True, "seed": 1}
+    stream = TokenStream(cache, rows, **how)
+    batches = given(stream)
+    assert len(batches) == len(stream) == 5
+    assert sorted(chain(*batches)) == rows.tolist()
+    stream.start = 3
+    assert given(stream) == batches[3:]
+    stream.start, stream.epoch = 0, 1
+    assert given(stream) != batches
+    ranks = []
+    for rank in range(3):
+        stream = TokenStream(cache, rows, **how, workers=2)
+        stream.world, stream.rank = 3, rank
+        for worker in range(2):
+            stream._turn = lambda worker=worker: (worker, 0)
+            ranks += given(stream)
+    assert sorted(chain(*ranks)) == rows.tolist()
+
+
+def given(stream):
+    return [batch["rows"].tolist() for batch in stream]
+
+
+def test_one_cached_level_has_the_loss_of_several_on_average(base, store):
+    """The mixture of levels is that of training with the crops themselves."""
+    module = FinetuneModule(base, freeze="encoder", new_stains=False, lr=1.0, seed=0)
+    rows = np.arange(64)
+    with torch.no_grad():
+        images = torch.from_numpy(store.take(rows).astype(np.float32))
+        tokens = base.encode(images)[0]
+        counts = torch.from_numpy(store.counts(rows).toarray())
+        cached = {"tokens": tokens, "counts": counts, "rows": torch.from_numpy(rows)}
+        whole = {"images": images, "counts": counts, "rows": torch.from_numpy(rows)}
+        module.drop_context = module.drop_channel = 0.0
+        generator = torch.Generator().manual_seed(0)
+        one = torch.stack([module.training_loss(cached, generator) for _ in range(100)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("phenoseq.training.module.augment", lambda images, generator: images)
+            four = torch.stack([module.training_loss(whole, generator) for _ in range(50)])
+    error = (one.var() / len(one) + four.var() / len(four)).sqrt()
+    assert abs(one.mean() - four.mean()) < 4 * error
+    base.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------- kill, resume
+
+_RUN = """
+import sys, phenoseq, warnings
+warnings.simplefilter("ignore")
+from phenoseq.data.splits import SplitConfig
+from phenoseq.training.finetune import FinetuneModule
+step = FinetuneModule.training_step
+def slow(self, batch, batch_idx):
+    print(self.current_epoch, batch_idx, flush=True)
+    return step(self, batch, batch_idx)
+FinetuneModule.training_step = slow
+phenoseq.finetune(sys.argv[1], sys.argv[2], out=sys.argv[3], epochs=3, device="cpu",
+                  split=SplitConfig(by="Metadata_Well", block=None, test=0.2))
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store, tmp_path):
+    tuned(folder, store, tmp_path / "whole", epochs=3)
+    args = [sys.executable, "-c", _RUN, str(folder), str(store.path), str(tmp_path / "killed")]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.split() == ["1", "3"]:
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert (tmp_path / "killed.run" / "tokens").exists()
+    tuned(folder, store, tmp_path / "killed", epochs=3)
+    whole, killed = (phenoseq.load_model(tmp_path / n).state_dict() for n in ("whole", "killed"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(killed[name], tensor, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        losses(tmp_path / "killed.run"), losses(tmp_path / "whole.run"), rtol=1e-5
+    )
+    assert not (tmp_path / "killed.run" / "tokens").exists()
