@@ -19,11 +19,15 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 import zarr
 from matplotlib.figure import Figure
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import phenoseq
 from phenoseq.data.datamodule import StoreDataModule, split_of
@@ -31,16 +35,15 @@ from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store, write_element
 from phenoseq.evaluation.metrics import e_distance, pcc_gene, variance_ratio
 from phenoseq.evaluation.report import normalised, scored_genes
-from phenoseq.inference.inputs import open_inputs
-from phenoseq.inference.predictor import run
 from phenoseq.models.phenoseq import PhenoSeq
-from phenoseq.training.baselines import fit_baselines
+from phenoseq.training.baselines import intensity_statistics
 from phenoseq.training.finetune import finetune
 from phenoseq.training.module import PhenoSeqModule
 
 SIZES = (500, 2_000, 10_000)
 FOLDS = 5
 PARTS = ("train", "val", "test")
+ROLES = (*PARTS, "out")
 
 
 def main() -> None:
@@ -70,7 +73,7 @@ def section(study: Study, options: argparse.Namespace) -> None:
     x = obs["x_centroid"].to_numpy()
     half = store.manifest.crop_width / 2
     left, right = x < np.median(x) - half, x > np.median(x) + half
-    roles = {"Metadata_left": np.where(left, part, "out")}
+    roles = {"Metadata_left": np.where(left & np.isin(part, PARTS), part, "out")}
     for seed in range(options.seeds):
         rng = np.random.default_rng(seed)
         for n in options.sizes:
@@ -86,7 +89,7 @@ def section(study: Study, options: argparse.Namespace) -> None:
     for seed in range(options.seeds):
         for n in options.sizes:
             case = Case(path, f"Metadata_{n}_{seed}", n, seed, genes)
-            study.baselines(case)
+            study.ridge(case)
             study.score(case, "base as it is", lambda: base)
             study.all_trained(case, base)
     study.draw("training cells", log=True)
@@ -115,7 +118,7 @@ def merscope(study: Study, options: argparse.Namespace) -> None:
         for fold, (column, role) in enumerate(roles.items()):
             n = int((role == "train").sum())
             case = Case(path, column, n, seed, genes, fold)
-            study.baselines(case)
+            study.ridge(case)
             study.all_trained(case, base)
     study.draw("fold", log=False)
 
@@ -168,14 +171,17 @@ class Study:
                 seed=case.seed, out=folder, report=None,
             )  # fmt: skip
 
-    def baselines(self, case: Case) -> None:
-        names = ("ridge on intensity statistics", "training mean")
-        if all(self.done(case, name) for name in names):
+    def ridge(self, case: Case) -> None:
+        name = "ridge on intensity statistics"
+        if self.done(case, name):
             return
         store, train, test, truth, median = opened(case)
-        made = fit_baselines(store, store.table(), train, test, median=median, seed=case.seed)
-        for name in names:
-            self.add(case, name, truth, np.asarray(made[name].X), None, 0.0)
+        start = time.perf_counter()
+        known = normalised(store.counts(train), median)
+        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 4, 6)))
+        model.fit(intensity_statistics(store.take(train)), known)
+        made = model.predict(intensity_statistics(store.take(test)))
+        self.add(case, name, truth, made, None, time.perf_counter() - start)
 
     def score(self, case: Case, name: str, make) -> None:
         if self.done(case, name):
@@ -184,8 +190,13 @@ class Study:
         model = make()
         seconds = time.perf_counter() - start
         store, _, test, truth, median = opened(case)
-        inputs = open_inputs(store, model.config.image, rows=test)
-        made = run(model, inputs, seed=case.seed)
+        made = phenoseq.predict(
+            store.take(test),
+            model=model,
+            channels=store.manifest.channels,
+            pixel_size=store.manifest.pixel_size,
+            seed=case.seed,
+        )
         scale = median / model.config.expression.median_library
         mean, draw = (
             np.log1p(np.expm1(m) * scale) for m in (made.X, made.layers["draw"].toarray())
@@ -220,7 +231,7 @@ class Study:
         partial = self.file.with_suffix(".partial")
         table.round(4).to_csv(partial, index=False)
         os.replace(partial, self.file)
-        print({k: v for k, v in table.round(4).iloc[-1].items() if k != "column"}, flush=True)
+        print(table.round(4).tail(1).to_string(header=False, index=False), flush=True)
 
     def draw(self, by: str, *, log: bool) -> None:
         """Draw the scores of each method, its mean over seeds (and folds, where there are some)."""
@@ -304,12 +315,15 @@ def with_roles(store: Store, path: Path, roles: dict[str, np.ndarray]) -> Path:
         return path
     partial = path.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    skip = shutil.ignore_patterns("table")
-    shutil.copytree(store.path, partial, ignore=skip)
+    shutil.copytree(store.path, partial, ignore=shutil.ignore_patterns("table", "excluded"))
     table = store.table()
+    excluded = ad.io.read_elem(zarr.open_group(store.path, mode="r")["excluded"])
     for column, role in roles.items():
-        table.obs[column] = pd.Categorical(role)
-    write_element(zarr.open_group(partial, mode="r+"), "table", table)
+        table.obs[column] = pd.Categorical(role, ROLES)
+        excluded[column] = pd.Categorical(["out"] * len(excluded), ROLES)
+    group = zarr.open_group(partial, mode="r+")
+    write_element(group, "table", table)
+    write_element(group, "excluded", excluded)
     partial.rename(path)
     return path
 

@@ -76,8 +76,7 @@ def _finetune(options: argparse.Namespace) -> int:
         out=options.out,
         report=print,
     )
-    print(
-        f"model in {options.out}; try: phenoseq evaluate --model {options.out} "
-        f"--store {options.store}"
-    )
+    whole = not (options.genes or options.channels)
+    hint = f"; try: phenoseq evaluate --model {options.out} --store {options.store}"
+    print(f"model in {options.out}{hint if whole else ''}")
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from phenoseq.errors import DataError, ModelError
 from phenoseq.genes import match_genes
@@ -247,7 +248,7 @@ def _keep_space(
     low, high = np.quantile(logs, [0.001, 0.999])
     rate = np.asarray(counts.sum(axis=0)).ravel() + 0.5
     log_rate = torch.from_numpy(np.log(rate / rate.sum())).float()
-    last, old = out.decoder[2], space.decoder[2]
+    last, old = _last(out), _last(space)
     out.spread.copy_(space.spread)
     out.library.copy_(torch.tensor([logs.mean(), max(float(logs.std()), 1e-3), low, high]))
     out.mean.copy_(torch.from_numpy(np.asarray(scaled.mean(axis=0)).ravel()))
@@ -276,17 +277,20 @@ def _refit_decoder(
     a fresh gene gets weights too, with a prior as wide as the weights of the others are.
     """
     generator = torch.Generator().manual_seed(seed)
-    last = space.decoder[2]
+    last = _last(space)
     weights, bias, log_theta = last.weight, last.bias, space.log_theta
     width = weights[~fresh].std()
     start = torch.cat([bias, log_theta]).clone()
     known = torch.cat([~fresh, ~fresh])
     n = counts.shape[0]
     batch = min(_BATCH, n)
-    trained = [bias, log_theta, weights]
-    for tensor in trained:
+    for tensor in (bias, log_theta, weights):
         tensor.requires_grad_(True)
-    optimiser = torch.optim.Adam([{"params": trained[:2], "lr": 2e-2}, {"params": [weights]}], 4e-3)
+    groups: list[dict[str, Any]] = [
+        {"params": [bias, log_theta], "lr": 2e-2},
+        {"params": [weights], "lr": 4e-3},
+    ]
+    optimiser = torch.optim.Adam(groups)
     for _ in range(_STEPS):
         rows = torch.randint(n, (batch,), generator=generator).numpy()
         some = torch.from_numpy(counts[rows].toarray()).float()
@@ -298,12 +302,19 @@ def _refit_decoder(
             (shift / _SHIFT)[known].square().sum() + (weights[fresh] / width).square().sum()
         ) / 2
         optimiser.zero_grad()
-        (prior / n - likelihood).backward()
-        weights.grad[~fresh] = 0  # type: ignore[index]
+        (prior / n - likelihood).backward()  # type: ignore[no-untyped-call]
+        assert weights.grad is not None
+        weights.grad[~fresh] = 0
         optimiser.step()
         with torch.no_grad():
             log_theta.clamp_(-4.0, 8.0)
     space.requires_grad_(False)
+
+
+def _last(space: ExpressionSpace) -> nn.Linear:
+    layer = space.decoder[2]
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _turn(
@@ -316,7 +327,8 @@ def _turn(
     before = old.axes[:, have] * old.spread[:, None]
     after = new.axes[:, want] * new.spread[:, None]
     left, _, right = torch.linalg.svd(before @ after.T, full_matrices=False)
-    return left @ right
+    turn: Tensor = left @ right
+    return turn
 
 
 # ----------------------------------------------------------------------------- denoiser and encoder
@@ -325,7 +337,7 @@ def _turn(
 @torch.no_grad()
 def _take_denoiser(new: Denoiser, old: Denoiser, turn: Tensor) -> None:
     """Take over a denoiser, its latent turned; the library size, last in the latent, stays."""
-    whole = torch.block_diag(turn, torch.ones(1, 1))
+    whole = torch.block_diag(turn, torch.ones(1, 1))  # type: ignore[no-untyped-call]
     tensors = dict(old.state_dict())
     tensors["inward.weight"] = tensors["inward.weight"] @ whole
     tensors["outward.weight"] = whole.T @ tensors["outward.weight"]
@@ -345,7 +357,7 @@ def _take_encoder(new: Encoder, old: Encoder, stains: tuple[str, ...], image: Im
 
     tensors = dict(old.state_dict())
     tensors["stain"] = by_stain(tensors["stain"], 0)
-    if not old.separate:
+    if not old.separate and image.channels != stains:
         stem = f"backbone.{stem_name(old)}.weight"
         tensors[stem] = by_stain(tensors[stem], 1)
     tensors["position"] = _resize(tensors["position"], len(new.position))
@@ -359,8 +371,20 @@ def _take_encoder(new: Encoder, old: Encoder, stains: tuple[str, ...], image: Im
 
 
 def stem_name(encoder: Encoder) -> str:
-    """Return the name in the backbone of the layer that the stains enter."""
-    return str(timm.get_pretrained_cfg(encoder.config.backbone).first_conv)
+    """Return the name in the backbone of the layer that the stains enter.
+
+    Raises
+    ------
+    ModelError
+        Where timm does not know.
+    """
+    facts = timm.get_pretrained_cfg(encoder.config.backbone)
+    if facts is None or not isinstance(facts.first_conv, str):
+        raise ModelError(
+            f"{encoder.config.backbone}: timm does not say where its channels enter, so that other "
+            "stains cannot; fine-tune on the stains of the model"
+        )
+    return facts.first_conv
 
 
 def _resize(positions: Tensor, n: int) -> Tensor:

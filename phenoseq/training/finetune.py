@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -93,6 +94,7 @@ def finetune(
             f"{name or 'this model'}: only models of single cells can be fine-tuned; train a model "
             "of samples with 'phenoseq train'"
         )
+    base = deepcopy(base).cpu()  # wherever it is, there it stays
     target = _free(out)
     data = FinetuneData(store, base, split, channels=channels, genes=genes, seed=seed)
     data.setup()
@@ -133,6 +135,7 @@ def finetune(
         }
         fit(module, used, root, settings, epochs=epochs, device=device)
         done = module.finish(data)
+        assert isinstance(done, PhenoSeq)
         if target is not None:
             done.save(target)
             shutil.rmtree(root / "tokens", ignore_errors=True)
@@ -289,7 +292,7 @@ def _slower(encoder: Encoder) -> dict[str, float]:
     backbone = encoder.backbone
     if not hasattr(backbone, "group_matcher"):  # whose stages timm does not know
         return {name: LAYER_DECAY for name, _ in backbone.named_parameters()}
-    stages = group_parameters(backbone, backbone.group_matcher(coarse=True))
+    stages = group_parameters(backbone, backbone.group_matcher(coarse=True))  # type: ignore[operator]
     return {
         name: LAYER_DECAY ** (len(stages) - place)
         for place, stage in enumerate(sorted(stages))

@@ -287,7 +287,7 @@ def test_the_command(folder, store, tmp_path, capsys, no_training):
     assert main([str(a) for a in args]) == 0
     said = capsys.readouterr().out
     assert "30 shared" in said
-    assert f"phenoseq evaluate --model {out}" in said
+    assert f"model in {out}" in said
     assert phenoseq.load_model(out).config.image.channels == ("DNA", "RNA")
     assert main([str(a) for a in args]) == 1
     assert "exists already" in capsys.readouterr().err
