@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
@@ -26,6 +27,7 @@ _LAZY = {
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",
+    "push_to_hub": "phenoseq.zoo.push",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "list_models",
     "load_model",
     "predict",
+    "push_to_hub",
 ]
 
 

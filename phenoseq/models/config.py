@@ -124,9 +124,9 @@ class PhenoSeqConfig:
             unknown, missing, of the wrong type or out of range, or lists that do not go together.
         """
         raw = parse(text, where)
-        if raw[NETWORK] != "phenoseq":
+        if raw.get(NETWORK) != "phenoseq":
             raise ModelError(
-                f"{where}: is of the network {raw[NETWORK]!r}; load it with phenoseq.load_model"
+                f"{where}: is of the network {raw.get(NETWORK)!r}; load it with phenoseq.load_model"
             )
         built: Self = build(cls, raw, where)
         image, genes = built.image, built.expression.genes
@@ -144,7 +144,10 @@ class PhenoSeqConfig:
             where,
             {
                 "image: pixel_size": (image.pixel_size, 1e-6, 1e3),
-                "image: crop_px": (image.crop_px, 1, 1 << 14),
+                "image: crop_px": (image.crop_px, 1, 1 << 11),  # the encoder is tried on one
+                "image: channels": (len(image.channels), 1, 64),
+                "image: std": (min(image.std, default=0), 1e-9, 1e9),
+                "expression: median_library": (built.expression.median_library, 1e-6, 1e12),
                 "expression: components": (built.expression.components, 1, 1 << 16),
                 "expression: hidden": (built.expression.hidden, 1, 1 << 16),
                 "denoiser: dim": (sizes.dim, 2, 1 << 16),

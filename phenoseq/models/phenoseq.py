@@ -14,7 +14,7 @@ from phenoseq.models.denoiser import Denoiser, Memory
 from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_prediction
 from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace
-from phenoseq.models.files import load_weights, read_config, save_folder
+from phenoseq.models.files import check_weights, load_weights, read_config, save_folder
 
 
 class PhenoSeq(nn.Module):
@@ -183,7 +183,10 @@ class PhenoSeq(nn.Module):
         ModelError
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
-        model = cls(PhenoSeqConfig.from_json(*read_config(folder)))
+        config = PhenoSeqConfig.from_json(*read_config(folder))
+        with torch.device("meta"):  # nothing is allocated for weights that are not in the file
+            check_weights(cls(config), folder)
+        model = cls(config)
         load_weights(model, folder)
         return model.eval()
 
