@@ -13,12 +13,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import tqdm
 
 from phenoseq._version import __version__
 from phenoseq.disk import is_full
@@ -101,6 +104,7 @@ def snapshot(
             revision=reference.revision,
             allow_patterns=list(names),
             local_files_only=local,
+            tqdm_class=_Bar,
             library_name="phenoseq",
             library_version=__version__,
         )
@@ -223,6 +227,13 @@ def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelE
             f"and copy its cache, {constants.HF_HOME}"
         )
     return ModelError(f"{what}: {say}")
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """The client's progress bar, on a terminal only."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how | {"disable": how.get("disable") or not sys.stderr.isatty()})
 
 
 def _about_pickles(reference: Reference) -> str:
