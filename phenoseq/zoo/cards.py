@@ -291,7 +291,7 @@ def _genes(config: Config) -> str:
     values = [value for value, _ in ranked]
 
     def named(pairs: Sequence[tuple[float, str]]) -> str:
-        return ", ".join(f"{symbol} {value:.2f}" for value, symbol in pairs)
+        return ", ".join(f"{symbol} {round(value, 2) + 0.0:.2f}" for value, symbol in pairs)
 
     share = sum(value > 0.3 for value in values) / len(values)
     return (
