@@ -1,37 +1,40 @@
-"""The LightningDataModule over a store."""
+"""The LightningDataModule over a store, and what it shares with that over a sample store."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from torch.utils.data import DataLoader
 
-from phenoseq.data.dataset import Batch, CellStream, StreamLoader
+from phenoseq.data.dataset import Batch, CellStream, EpochStream, StreamLoader
+from phenoseq.data.samplestore import SampleStore
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import Store
 
 
-class StoreDataModule(L.LightningDataModule):
-    """Streams a store's cells to Lightning, split by declared groups.
+class StreamDataModule(L.LightningDataModule):
+    """Streams a store to Lightning, split by declared groups, and goes on where a run stopped.
 
     Parameters
     ----------
     store
-        Path of a store made by ``phenoseq prepare``.
+        Path of the store.
     split
-        How cells are divided.
+        How it is divided.
     batch_size
-        Cells a batch, on each device.
+        Cells or bags a batch, on each device.
     num_workers
         Processes that read; 0 reads in the training process.
     seed
         Of the order of the cells.
     max_val
-        Most validation cells, drawn by the seed.
+        Most validation cells.
 
     Attributes
     ----------
@@ -39,13 +42,13 @@ class StoreDataModule(L.LightningDataModule):
         The store and its split, after :meth:`setup`.
     """
 
-    opened: Store
+    opened: Store | SampleStore
     parts: Split
 
     def __init__(
         self,
         store: str | Path,
-        split: SplitConfig = SplitConfig(),  # noqa: B008 - frozen, and shown by --help
+        split: SplitConfig,
         batch_size: int = 128,
         num_workers: int = 0,
         seed: int = 0,
@@ -61,6 +64,104 @@ class StoreDataModule(L.LightningDataModule):
         self._training: StreamLoader | None = None
         self._restored: dict[str, int] = {}
 
+    @abstractmethod
+    def setup(self, stage: str | None = None) -> None:
+        """Open the store and divide it; raises :class:`~phenoseq.errors.DataError`."""
+
+    @abstractmethod
+    def stream(self, part: str, *, shuffle: bool, most: int | None = None) -> EpochStream:
+        """Return the stream of a part, of about ``most`` of its cells, those with RNA."""
+
+    @abstractmethod
+    def image_sample(self, part: str, n: int) -> NDArray[Any]:
+        """Return the crops or features of up to ``n`` cells of a part, drawn by the seed."""
+
+    @abstractmethod
+    def rna_sample(self, part: str, n: int) -> NDArray[np.float32] | sparse.csr_matrix:
+        """Return the RNA of about ``n`` cells of a part: an embedding dense, genes as CSR."""
+
+    @abstractmethod
+    def n_cells(self, part: str) -> int:
+        """Return the number of cells of a part, those with RNA."""
+
+    def train_dataloader(self) -> StreamLoader:
+        """Return shuffled training batches; each pass is the next epoch."""
+        self._training = StreamLoader(self.stream("train", shuffle=True), **self._reading)
+        if self._restored:
+            self._training.load_state_dict(self._restored)
+        return self._training
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return validation batches, always the same in the same order."""
+        return self.fixed("val", self.max_val)
+
+    def fixed(self, part: str, most: int, *, alone: bool = False) -> DataLoader[Batch]:
+        """Return batches of about ``most`` cells of a part, always the same in the same order.
+
+        Parameters
+        ----------
+        part, most
+            See :meth:`stream`.
+        alone
+            Give all of them on this rank, in place of its share.
+        """
+        stream = self.stream(part, shuffle=False, most=most)
+        if alone:
+            stream.world, stream.rank = 1, 0
+        return DataLoader(stream, **self._reading)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where training is in which epoch, for a checkpoint."""
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let training go on where a checkpoint was made.
+
+        Lightning would give the state to the loader itself, but not where the number of steps was
+        asked for before.
+        """
+        self._restored = state_dict
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "multiprocessing_context": "spawn" if self.num_workers else None,
+        }
+
+
+class StoreDataModule(StreamDataModule):
+    """Streams a store's cells to Lightning, split by declared groups.
+
+    Parameters
+    ----------
+    store
+        Path of a store made by ``phenoseq prepare``.
+    split
+        How cells are divided.
+    batch_size, num_workers, seed, max_val
+        See :class:`StreamDataModule`; validation cells are drawn by the seed.
+
+    Attributes
+    ----------
+    opened, parts
+        The store and its split, after :meth:`setup`.
+    """
+
+    opened: Store
+
+    def __init__(
+        self,
+        store: str | Path,
+        split: SplitConfig = SplitConfig(),  # noqa: B008 - frozen, and shown by --help
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_val: int = 4096,
+    ) -> None:
+        super().__init__(store, split, batch_size, num_workers, seed, max_val)
+
     def setup(self, stage: str | None = None) -> None:
         """Open the store and divide its cells; raises :class:`~phenoseq.errors.DataError`."""
         if hasattr(self, "opened"):
@@ -75,50 +176,28 @@ class StoreDataModule(L.LightningDataModule):
             return rows
         return np.sort(np.random.default_rng(self.seed).choice(rows, n, replace=False))
 
-    def train_dataloader(self) -> StreamLoader:
-        """Return shuffled training batches; each pass is the next epoch."""
-        stream = self._stream(self.parts.rows("train"), shuffle=True)
-        self._training = StreamLoader(stream, **self._reading)
-        if self._restored:
-            self._training.load_state_dict(self._restored)
-        return self._training
-
-    def state_dict(self) -> dict[str, int]:
-        """Return where training is in which epoch, for a checkpoint."""
-        return {} if self._training is None else self._training.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let training go on where a checkpoint was made.
-
-        Lightning would give the state to the loader itself, but not where the number of steps was
-        asked for before.
-        """
-        self._restored = state_dict
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return validation batches, always the same cells in the same order."""
-        return DataLoader(
-            self._stream(self.some("val", self.max_val), shuffle=False), **self._reading
-        )
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        spawn = "spawn" if self.num_workers else None
-        return {
-            "batch_size": None,
-            "num_workers": self.num_workers,
-            "multiprocessing_context": spawn,
-        }
-
-    def _stream(self, rows: NDArray[np.int64], *, shuffle: bool) -> CellStream:
+    def stream(self, part: str, *, shuffle: bool, most: int | None = None) -> CellStream:
+        """Return the stream of a part, of ``most`` of its cells, drawn by the seed."""
         return CellStream(
             self.store,
-            rows,
+            self.parts.rows(part) if most is None else self.some(part, most),
             batch_size=self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
             workers=max(self.num_workers, 1),
         )
+
+    def image_sample(self, part: str, n: int) -> NDArray[Any]:
+        """Return the crops of up to ``n`` cells of a part, drawn by the seed."""
+        return self.opened.take(self.some(part, n))
+
+    def rna_sample(self, part: str, n: int) -> sparse.csr_matrix:
+        """Return the counts of up to ``n`` cells of a part, drawn by the seed."""
+        return self.opened.counts(self.some(part, n))
+
+    def n_cells(self, part: str) -> int:
+        """Return the number of cells of a part."""
+        return len(self.parts.rows(part))
 
 
 def split_of(store: Store, config: SplitConfig) -> Split:

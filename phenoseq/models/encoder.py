@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import timm
 import torch
 from einops import rearrange
 from timm.layers.norm_act import BatchNormAct2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from phenoseq.errors import ModelError
@@ -72,6 +73,58 @@ class Encoder(nn.Module):
         self.position = nn.Parameter(torch.randn(n_tokens, dim) * 0.02)
         self.stain = nn.Parameter(torch.randn(n_channels, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)
+
+    def freeze(self, stages: int | Literal["all"]) -> None:
+        """Freeze the backbone, or its first stages from the image on; the norms in them too.
+
+        Raises
+        ------
+        ModelError
+            Where timm does not say what stages the backbone has, or it has fewer.
+        """
+        if stages == "all":
+            self.backbone.requires_grad_(False)
+        elif stages:
+            for name in self._first(stages):
+                self.backbone.get_parameter(name).requires_grad_(False)
+        self.train(self.training)
+
+    def _first(self, stages: int) -> list[str]:
+        name = self.config.backbone
+        if not hasattr(self.backbone, "group_matcher"):
+            raise ModelError(f"timm does not say what stages {name} has; freeze 'all' of it or 0")
+        matcher = self.backbone.group_matcher(coarse=True)  # type: ignore[operator]
+        groups = group_parameters(self.backbone, matcher)
+        if not 0 <= stages < len(groups):
+            raise ModelError(f"{name} has {len(groups)} stages; freeze fewer than that, or 'all'")
+        return [parameter for stage in sorted(groups)[:stages] for parameter in groups[stage]]
+
+    def recompute(self) -> None:
+        """Keep less for the backward pass, and compute it again there.
+
+        Gradient checkpointing (Chen et al. 2016), by the backbone's stages.
+
+        Raises
+        ------
+        ModelError
+            Where the backbone cannot.
+        """
+        try:
+            self.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError) as error:
+            raise ModelError(
+                f"{self.config.backbone}: timm has no gradient checkpointing for it; train "
+                "without, on smaller batches, or choose another backbone"
+            ) from error
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what is frozen stays in evaluation, so that its norms do not move."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+        return self
 
     def forward(self, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Encode crops.

@@ -6,19 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from phenoseq.errors import ModelError
-from phenoseq.models.config import PhenoSeqConfig
+from phenoseq.models.config import PhenoSeqConfig, SampleConfig
 from phenoseq.models.files import read_config
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
 from phenoseq.models.published_config import PublishedConfig
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.models.strict import NETWORK, parse
 
-Model = PhenoSeq | PublishedPhenoSeq
+Model = PhenoSeq | SamplePhenoSeq | PublishedPhenoSeq
+Config = PhenoSeqConfig | SampleConfig | PublishedConfig
 
 #: The class and the configuration of each network.
-NETWORKS: Mapping[str, type[Model]] = {"phenoseq": PhenoSeq, "published": PublishedPhenoSeq}
-CONFIGS: Mapping[str, type[PhenoSeqConfig] | type[PublishedConfig]] = {
+NETWORKS: Mapping[str, type[Model]] = {
+    "phenoseq": PhenoSeq,
+    "sample": SamplePhenoSeq,
+    "published": PublishedPhenoSeq,
+}
+CONFIGS: Mapping[str, type[Config]] = {
     "phenoseq": PhenoSeqConfig,
+    "sample": SampleConfig,
     "published": PublishedConfig,
 }
 
@@ -41,7 +48,7 @@ def load_folder(folder: str | Path, networks: Mapping[str, type[Model]] = NETWOR
     return networks[_network(*read_config(folder))].load(folder)
 
 
-def read_any_config(text: str, where: str) -> PhenoSeqConfig | PublishedConfig:
+def read_any_config(text: str, where: str) -> Config:
     """Rebuild the configuration of whichever network it is of.
 
     Raises
@@ -57,6 +64,6 @@ def _network(text: str, where: str) -> str:
     if isinstance(network, str) and network in NETWORKS:
         return network
     raise ModelError(
-        f"{where}: is of the network {network!r}, this phenoseq knows 'phenoseq' and 'published'; "
+        f"{where}: is of the network {network!r}, this phenoseq knows {list(NETWORKS)}; "
         "install a newer phenoseq"
     )

@@ -9,23 +9,21 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from phenoseq.models.config import PhenoSeqConfig, TrainingRecord
+from phenoseq.models.config import ImageConfig, PhenoSeqConfig, SampleConfig
 from phenoseq.models.denoiser import Denoiser, Memory
 from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_prediction
-from phenoseq.models.encoder import Encoder
+from phenoseq.models.embedding import EmbeddingSpace
+from phenoseq.models.encoder import Encoder, EncoderConfig
 from phenoseq.models.expression import ExpressionSpace
 from phenoseq.models.files import check_weights, load_weights, read_config, save_folder
+from phenoseq.models.givenfeatures import FeatureEncoder
+from phenoseq.models.record import TrainingRecord
 
 
-class PhenoSeq(nn.Module):
-    """Predicts the expression of cells from their images.
+class ContextDiffusion(nn.Module):
+    """Generates latents of expression by diffusion, given the context tokens of images.
 
-    Parameters
-    ----------
-    config
-        Everything besides the weights.
-    expression
-        A fitted expression space; by default an empty one, to load weights into.
+    What models of cells and of samples have in common.
 
     Attributes
     ----------
@@ -34,39 +32,33 @@ class PhenoSeq(nn.Module):
         gives them unit covariance; the out-of-distribution score is the distance there.
     """
 
+    config: PhenoSeqConfig | SampleConfig
+    encoder: Encoder | FeatureEncoder
+    expression: ExpressionSpace | EmbeddingSpace
     image_mean: Tensor
     image_std: Tensor
     context_mean: Tensor
     context_whiten: Tensor
 
-    def __init__(self, config: PhenoSeqConfig, expression: ExpressionSpace | None = None) -> None:
-        super().__init__()
-        self.config = config
-        image, dim = config.image, config.denoiser.dim
+    def _compose(self, expression: ExpressionSpace | EmbeddingSpace) -> None:
+        """Build all parts but the encoder."""
+        config = self.config
+        dim = config.denoiser.dim
         self.path = make_path(config.diffusion.path)
-        self.encoder = Encoder(config.encoder, len(image.channels), image.crop_px, dim)
         self.denoiser = Denoiser(config.denoiser, config.expression.latent_dim)
-        self.expression = expression or ExpressionSpace(config.expression)
-        mean, std = torch.tensor(image.mean), torch.tensor(image.std)
-        self.register_buffer("image_mean", mean[:, None, None], persistent=False)
-        self.register_buffer("image_std", std[:, None, None], persistent=False)
+        self.expression = expression
         self.register_buffer("context_mean", torch.zeros(dim))
         self.register_buffer("context_whiten", torch.eye(dim))
 
-    def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Encode crops to context tokens.
+    def _read_crops(self, config: EncoderConfig, image: ImageConfig) -> None:
+        """Build the encoder of crops."""
+        n, dim = len(image.channels), self.config.denoiser.dim
+        self.encoder = Encoder(config, n, image.crop_px, dim)
+        mean, std = torch.tensor(image.mean), torch.tensor(image.std)
+        self.register_buffer("image_mean", mean[:, None, None], persistent=False)
+        self.register_buffer("image_std", std[:, None, None], persistent=False)
 
-        Parameters
-        ----------
-        images
-            Raw pixels in the scale of the training images, ``(B, C, H, W)``, any dtype.
-        present
-            Which stains there are, bool ``(B, C)``; all by default.
-
-        Returns
-        -------
-        Tokens ``(B, N, dim)``, and which of them to attend to, bool ``(B, N)``.
-        """
+    def _encode_crops(self, images: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         scaled = (images.float() - self.image_mean) / self.image_std
         if present is None:
             present = torch.ones(scaled.shape[:2], dtype=torch.bool, device=scaled.device)
@@ -86,9 +78,9 @@ class PhenoSeq(nn.Module):
         Parameters
         ----------
         context
-            From :meth:`encode`, of B cells.
+            From ``encode``, of B cells or bags.
         noise
-            Standard normal, ``(B, K, D)``: K draws a cell.
+            Standard normal, ``(B, K, D)``: K draws of each.
         steps
             Evaluations of the denoiser; the model's own number by default.
         guidance
@@ -116,7 +108,7 @@ class PhenoSeq(nn.Module):
     def denoising_loss(
         self,
         context: tuple[Tensor, Tensor],
-        counts: Tensor,
+        target: Tensor,
         t: Tensor,
         noise: Tensor,
         drop: Tensor | None = None,
@@ -126,22 +118,24 @@ class PhenoSeq(nn.Module):
         Parameters
         ----------
         context
-            From :meth:`encode`, of B cells.
-        counts
-            Their raw counts, float ``(B, g)``.
+            From ``encode``, of B cells or bags.
+        target
+            What is predicted, raw counts or embeddings, float: of each cell ``(B, g)``, or of T
+            RNA cells of each bag ``(B, T, g)``.
         t
-            Noise levels, ``(B, K)``.
+            Noise levels, ``(B, K)``: K of the cell, or K / T of each of its RNA cells, in turn.
         noise
             Standard normal, ``(B, K, D)``.
         drop
-            Cells whose context is withheld, bool ``(B,)``.
+            Cells or bags whose context is withheld, bool ``(B,)``.
 
         Returns
         -------
         Float ``(B, K)``.
         """
         output = self.config.diffusion.output
-        clean = self.expression.encode(counts)[:, None].expand_as(noise)
+        clean = self.expression.encode(target if target.ndim == 3 else target[:, None])
+        clean = clean.repeat_interleave(noise.shape[1] // clean.shape[1], dim=1)
         memory = self.denoiser.remember(*context, drop)
         made = self.denoiser(self.path.mix(clean, noise, t), t, memory).float()
         error = (made - to_prediction(self.path, output, clean, noise, t)) ** 2
@@ -173,6 +167,44 @@ class PhenoSeq(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
         return save_folder(folder, self.config.to_json(), self.state_dict())
+
+
+class PhenoSeq(ContextDiffusion):
+    """Predicts the expression of cells from their images.
+
+    Parameters
+    ----------
+    config
+        Everything besides the weights.
+    expression
+        A fitted expression space; by default an empty one, to load weights into.
+    """
+
+    config: PhenoSeqConfig
+    encoder: Encoder
+    expression: ExpressionSpace
+
+    def __init__(self, config: PhenoSeqConfig, expression: ExpressionSpace | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self._read_crops(config.encoder, config.image)
+        self._compose(expression or ExpressionSpace(config.expression))
+
+    def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode crops to context tokens.
+
+        Parameters
+        ----------
+        images
+            Raw pixels in the scale of the training images, ``(B, C, H, W)``, any dtype.
+        present
+            Which stains there are, bool ``(B, C)``; all by default.
+
+        Returns
+        -------
+        Tokens ``(B, N, dim)``, and which of them to attend to, bool ``(B, N)``.
+        """
+        return self._encode_crops(images, present)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from phenoseq.errors import ModelError
 from phenoseq.models.diffusion import DiscretePath, Sampler, make_path
+from phenoseq.models.record import TrainingRecord
 from phenoseq.models.strict import (
     NETWORK,
     SCHEMA_VERSION,
@@ -126,6 +127,8 @@ class PublishedConfig:
 
     Attributes
     ----------
+    origin
+        Where the weights were converted from, or what they were trained on.
     embedding
         What the embeddings are of.
     bag_size
@@ -136,7 +139,7 @@ class PublishedConfig:
         Tells the configurations of different networks apart.
     """
 
-    origin: Origin
+    origin: Origin | TrainingRecord
     sizes: PublishedSizes = field(default_factory=PublishedSizes)
     noise: PublishedNoise = field(default_factory=PublishedNoise)
     features: FeatureConfig = field(default_factory=FeatureConfig)

@@ -114,6 +114,9 @@ def build(kind: Any, raw: Any, where: str) -> Any:
     if origin is Literal and raw in args:
         return raw
     if origin is types.UnionType:
+        parts = [option for option in args if is_dataclass(option)]
+        if parts and isinstance(raw, dict):
+            return build(max(parts, key=lambda part: _alike(part, raw)), raw, where)
         for option in args:
             if option is type(None) and raw is None:
                 return None
@@ -124,6 +127,12 @@ def build(kind: Any, raw: Any, where: str) -> Any:
     if isinstance(kind, type) and origin is None and _is(raw, kind):
         return raw
     raise ModelError(f"{where}: {_short(raw)} is not {kind}")
+
+
+def _alike(part: Any, raw: Mapping[str, Any]) -> int:
+    """Count the fields that a part and what is written have in common, less the others."""
+    names = {f.name for f in fields(part)}
+    return len(names & set(raw)) - len(names ^ set(raw))
 
 
 def _is(raw: Any, kind: type) -> bool:

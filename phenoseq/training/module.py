@@ -1,201 +1,268 @@
-"""The LightningModule: noise levels, loss, optimiser, and the model built from the data."""
+"""The training of PhenoSeq, on cells or on samples: noise levels, loss, and the model's making."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
-from phenoseq._version import __version__
-from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.dataset import Batch
-from phenoseq.models.config import (
-    DiffusionConfig,
-    ImageConfig,
-    PhenoSeqConfig,
-    TrainingRecord,
-)
+from phenoseq.data.samplemodule import SampleDataModule
+from phenoseq.errors import DataError
+from phenoseq.models.config import DiffusionConfig, PhenoSeqConfig, SampleConfig
+from phenoseq.models.counts import nb_quantile
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.diffusion import logit_normal
-from phenoseq.models.encoder import EncoderConfig
-from phenoseq.models.expression import fit_expression_space
+from phenoseq.models.embedding import EmbeddingSpace, standardise
+from phenoseq.models.encoder import Encoder, EncoderConfig
+from phenoseq.models.expression import ExpressionSpace
+from phenoseq.models.givenfeatures import FeatureEncoder, GivenFeatures
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.published_config import FeatureConfig
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.training.augment import augment
+from phenoseq.training.base import Drawn, TrainingModule, rna_of, targets_of
+from phenoseq.training.build import STATISTICS_CELLS, image_of, record_of, space_of
+from phenoseq.training.finalise import finalise
 
-#: Training crops whose pixels set the channel statistics.
-_STATISTICS_CELLS = 4096
 
+class PhenoSeqModule(TrainingModule):
+    """Trains PhenoSeq: on a store of cells, or on one of samples.
 
-class PhenoSeqModule(L.LightningModule):
-    """Trains a :class:`~phenoseq.models.phenoseq.PhenoSeq` on a store.
+    It makes a :class:`~phenoseq.models.phenoseq.PhenoSeq` of the one, and a
+    :class:`~phenoseq.models.sample.SamplePhenoSeq` of the other.
 
-    Each cell's image is encoded once and serves ``levels`` noise levels of its expression: one at
-    pure noise, where the best prediction of the clean latent is its mean given the image, and the
-    others at logit-normal times (Esser et al. 2024). The error of the clean latent is weighted to
-    that of the velocity.
+    Each cell's image, or each bag of cells, is encoded once and serves ``levels`` noise levels of
+    each of its RNA cells: one at pure noise, where the best prediction of the clean latent is its
+    mean given the image, and the others at logit-normal times (Esser et al. 2024). The error of
+    the clean latent is weighted to that of the velocity.
 
     Parameters
     ----------
     encoder, denoiser, diffusion
-        Parts of the model.
+        Parts of the model; the encoder is of crops.
+    features
+        What the features are, where the store holds features: what made them, and the stains
+        whose features stand one after the other (none, where they are not of one stain each).
     components, hidden
         Sizes of the expression space (see :class:`~phenoseq.models.expression.ExpressionConfig`).
-    lr, weight_decay
-        AdamW's highest learning rate, reached after ``warmup_steps`` and then lowered along a
-        cosine to zero; weight decay on matrices.
-    warmup_steps
-        Steps of linear warm-up.
     levels
-        Noise levels a cell and step.
+        Noise levels of an RNA cell and step.
     drop_context
-        Share of the cells trained without context, for classifier-free guidance.
+        Share of the cells or bags trained without context, for classifier-free guidance.
     drop_channel
         Chance of each stain to be dropped, so that a missing one does little harm.
-    seed
-        Of the expression space's fit, and of the noise.
+    frozen_stages
+        Stages of the encoder's backbone, from the image on, that are not trained; ``"all"`` of it.
+    recompute
+        Gradient checkpointing of the encoder: less memory, more time.
+    lr, weight_decay, warmup_steps, sample_every, draws, seed
+        See :class:`~phenoseq.training.base.TrainingModule`.
     """
 
-    model: PhenoSeq
+    model: PhenoSeq | SamplePhenoSeq
 
     def __init__(
         self,
         encoder: EncoderConfig = EncoderConfig(),  # noqa: B008 - frozen, and shown by --help
         denoiser: DenoiserConfig = DenoiserConfig(),  # noqa: B008
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008
+        features: FeatureConfig = FeatureConfig("features", (), 1),  # noqa: B008
         components: int = 32,
         hidden: int = 256,
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        warmup_steps: int = 300,
         levels: int = 4,
         drop_context: float = 0.1,
         drop_channel: float = 0.05,
+        frozen_stages: int | Literal["all"] = 0,
+        recompute: bool = False,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 300,
+        sample_every: int = 5,
+        draws: int = 8,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            sample_every=sample_every,
+            draws=draws,
+            seed=seed,
+        )
         self.encoder, self.denoiser, self.diffusion = encoder, denoiser, diffusion
+        self.features = features
         self.components, self.hidden = components, hidden
-        self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.levels, self.drop_context, self.drop_channel = levels, drop_context, drop_channel
-        self.seed = seed
+        self.frozen_stages, self.recompute = frozen_stages, recompute
 
-    def configure_model(self) -> None:
-        """Build the model from the training part of the data, once."""
-        if hasattr(self, "model"):
-            return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self.model = self._build(data)
+    # ---------------------------------------------------------------------------------- the model
 
-    def _build(self, data: StoreDataModule) -> PhenoSeq:
-        """Build an untrained model whose data-dependent parts are fitted to the training cells."""
-        manifest = data.opened.manifest
-        rows = data.parts.rows("train")
-        pixels = data.opened.take(data.some("train", _STATISTICS_CELLS)).astype(np.float32)
-        space = fit_expression_space(
-            data.opened.counts(rows),
-            manifest.genes,
-            manifest.symbols,
-            components=self.components,
-            hidden=self.hidden,
-            seed=self.seed,
+    def build(self, data: StreamDataModule) -> tuple[PhenoSeq | SamplePhenoSeq, Tensor]:
+        """Return an untrained model whose data-dependent parts are fitted to the training cells."""
+        space, scored = space_of(
+            data, components=self.components, hidden=self.hidden, seed=self.seed
         )
-        config = PhenoSeqConfig(
-            image=ImageConfig(
-                channels=manifest.channels,
-                pixel_size=manifest.pixel_size,
-                crop_px=manifest.crop_px,
-                dtype=manifest.dtype,
-                mean=tuple(pixels.mean(axis=(0, 2, 3)).tolist()),
-                std=tuple(np.maximum(pixels.std(axis=(0, 2, 3)), 1e-6).tolist()),
-                p999=tuple(np.quantile(pixels, 0.999, axis=(0, 2, 3)).tolist()),
-            ),
-            expression=space.config,
-            training=TrainingRecord(
-                source=manifest.source,
-                identity=manifest.identity,
-                split=asdict(data.split),
-                split_digest=data.parts.digest,
-                n_cells=len(rows),
-                seed=self.seed,
-                version=__version__,
-            ),
-            encoder=self.encoder,
-            denoiser=self.denoiser,
-            diffusion=self.diffusion,
-        )
-        return PhenoSeq(config, space)
+        model: PhenoSeq | SamplePhenoSeq
+        if isinstance(data, SampleDataModule):
+            model = self._of_samples(data, space)
+        else:
+            assert isinstance(space, ExpressionSpace)
+            config = PhenoSeqConfig(
+                image=image_of(data), encoder=self.encoder, **self._parts(data, space)
+            )
+            model = PhenoSeq(config, space)
+        self._prepare(model)
+        return model, scored
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
-        generator = self._generator("train", self.global_step)
-        images = augment(batch["images"].float(), generator)
-        present = self._coins(images.shape[:2], generator) >= self.drop_channel
+    def _of_samples(
+        self, data: SampleDataModule, space: ExpressionSpace | EmbeddingSpace
+    ) -> SamplePhenoSeq:
+        more = {"bag_size": data.n_images, **self._parts(data, space)}
+        if data.opened.manifest.images == "crops":
+            config = SampleConfig(cells=image_of(data), encoder=self.encoder, **more)
+            return SamplePhenoSeq(config, space)
+        found = data.image_sample("train", STATISTICS_CELLS)
+        how = self.features
+        cells = GivenFeatures(how.extractor, how.channels, how.crop_px, width=found.shape[1])
+        cells.check(str(data.store))
+        model = SamplePhenoSeq(SampleConfig(cells=cells, encoder=None, **more), space)
+        assert isinstance(model.encoder, FeatureEncoder)
+        mean, std = standardise(found)
+        model.encoder.mean.copy_(mean)
+        model.encoder.std.copy_(std)
+        return model
+
+    def _parts(
+        self, data: StreamDataModule, space: ExpressionSpace | EmbeddingSpace
+    ) -> dict[str, Any]:
+        return {
+            "expression": space.config,
+            "training": record_of(data, self.seed),
+            "denoiser": self.denoiser,
+            "diffusion": self.diffusion,
+        }
+
+    def _prepare(self, model: PhenoSeq | SamplePhenoSeq) -> None:
+        """Freeze and recompute what is to be."""
+        if isinstance(model.encoder, Encoder):
+            model.encoder.freeze(self.frozen_stages)
+            if self.recompute:
+                model.encoder.recompute()
+        elif self.frozen_stages or self.recompute:
+            raise DataError(
+                "features have no backbone that could be frozen or recomputed: leave out "
+                "'frozen_stages' and 'recompute'"
+            )
+
+    def finish(self, data: StreamDataModule) -> PhenoSeq | SamplePhenoSeq:
+        """Return the trained model, which knows its contexts, and how far to trust a gene."""
+        return finalise(self.model.cpu().float(), data, self.seed)
+
+    # ----------------------------------------------------------------------------------- the loss
+
+    def training_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Return the loss of a batch, a number."""
+        rows, keep = targets_of(batch)
+        cells = batch["images"].float() if "images" in batch else batch["features"]
+        if "images" in batch:
+            cells = augment(cells.flatten(0, -4), generator).view_as(cells)
+        n_stains = max(len(self._stains), 1)
+        present = self._coins((len(rows), n_stains), generator) >= self.drop_channel
         present |= ~present.any(dim=1, keepdim=True)
-        drop = self._coins(images.shape[:1], generator) < self.drop_context
-        loss = self._loss(images, batch["counts"], present, drop, generator).mean()
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
-        return loss
+        drop = self._coins((len(rows),), generator) < self.drop_context
+        t = logit_normal(rows.numel() * self.levels, generator).view(*rows.shape, self.levels)
+        noise = torch.randn(*t.shape, self.model.expression.config.latent_dim, generator=generator)
+        loss = self._losses(batch, self._encode(batch, cells, present), t, noise, drop)
+        return loss[keep].mean()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss at fixed times and noise, so that epochs can be compared."""
-        generator = self._generator("val", batch_idx)
-        images = batch["images"].float()
-        n, c = images.shape[:2]
-        present = torch.ones(n, c, dtype=torch.bool, device=self.device)
-        drop = torch.zeros(n, dtype=torch.bool, device=self.device)
-        loss = self._loss(images, batch["counts"], present, drop, generator)
-        self.log("val_loss", loss.mean(), prog_bar=True, sync_dist=True, batch_size=n)
-        self.log("val_mean_loss", loss[:, 0].mean(), sync_dist=True, batch_size=n)
+    def validation_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss over all times, and at pure noise, of every RNA cell."""
+        rows, _ = targets_of(batch)
+        dim = self.model.expression.config.latent_dim
+        z = self.fixed_normals("val", rows, self.levels * (1 + dim))
+        z = z.view(*rows.shape, self.levels, 1 + dim)
+        loss = self._losses(batch, self.encode(batch), torch.sigmoid(z[..., 0]), z[..., 1:])
+        return {"val_loss": loss.mean(dim=-1), "val_mean_loss": loss[..., 0]}
 
-    def _loss(
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Encode the images of a batch as they are."""
+        return self._encode(batch, batch["images" if "images" in batch else "features"], None)
+
+    def _encode(self, batch: Batch, cells: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        if isinstance(self.model, SamplePhenoSeq):
+            return self.model.encode(cells, present, batch["keep"])
+        return self.model.encode(cells, present)
+
+    def _losses(
         self,
-        images: Tensor,
-        counts: Tensor,
-        present: Tensor,
-        drop: Tensor,
-        generator: torch.Generator,
+        batch: Batch,
+        context: tuple[Tensor, Tensor],
+        t: Tensor,
+        noise: Tensor,
+        drop: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of each cell at one time of pure noise and ``levels - 1`` others."""
-        n, levels = len(images), self.levels
-        dim = self.model.config.expression.latent_dim
-        t = logit_normal(n * levels, generator).view(n, levels)
-        t[:, 0] = 1.0
-        noise = torch.randn(n, levels, dim, generator=generator)
-        context = self.model.encode(images, present)
-        return self.model.denoising_loss(
-            context, counts, t.to(self.device), noise.to(self.device), drop
+        """Return the loss at times ``(B, T, levels)``, of which the first are made pure noise."""
+        t = torch.cat([torch.ones_like(t[..., :1]), t[..., 1:]], dim=-1)
+        if drop is None:
+            drop = torch.zeros(len(t), dtype=torch.bool, device=self.device)
+        flat = self.model.denoising_loss(
+            context,
+            rna_of(batch),
+            t.flatten(1).to(self.device),
+            noise.flatten(1, 2).to(self.device),
+            drop,
         )
+        return flat.view(t.shape)
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with linear warm-up and cosine decay, by step."""
-        trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    @property
+    def _stains(self) -> tuple[str, ...]:
+        config = self.model.config
+        return (config.cells if isinstance(config, SampleConfig) else config.image).channels
+
+    # -------------------------------------------------------------------------------- the samples
+
+    def sample(self, batch: Batch) -> Drawn:
+        """Draw for every RNA cell of a batch, with fixed noise; a bag's draws are of all of its."""
+        rows, _ = targets_of(batch)
+        rna, space = rna_of(batch), self.model.expression
+        n_draws = max(self.draws, rows.shape[1])
+        dim = space.config.latent_dim
+        noise = self.fixed_normals("draw", rows[:, 0], n_draws * dim).view(-1, n_draws, dim)
+        latent = self.model.generate(self.encode(batch), noise).float()
+        if isinstance(space, EmbeddingSpace):
+            draws = space.decode(latent)
+            return flat_drawn(rna, draws.mean(dim=1), draws, rows)
+        median = space.config.median_library
+        rates, library = space.decode(latent)
+        uniform = self.fixed_uniforms("count", rows, rna.shape[2])
+        made = [
+            nb_quantile(uniform[:, k], (rates[:, k] * library[:, k, None])[:, None], space.theta)
+            for k in range(rows.shape[1])
         ]
-        optimiser = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
-        warm = min(self.warmup_steps, max(total // 2, 1))
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimiser,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimiser, 0.01, total_iters=warm),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(total - warm, 1)),
-            ],
-            milestones=[warm],
+        return flat_drawn(
+            _log_share(rna, median),
+            torch.log1p(rates.mean(dim=1) * median),
+            _log_share(torch.stack(made, dim=1), median),
+            rows,
         )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _generator(self, purpose: str, number: int) -> torch.Generator:
-        words = [self.seed, {"train": 0, "val": 1}[purpose], number, self.global_rank]
-        state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
-    def _coins(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.rand(shape, generator=generator).to(self.device)
+def flat_drawn(truth: Tensor, mean: Tensor, draws: Tensor, rows: Tensor) -> Drawn:
+    """Put the RNA cells of bags side by side.
+
+    Truth is ``(B, T, g)``, the mean ``(B, g)``, draws ``(B, T or more, g)``, rows ``(B, T)``.
+    """
+    each = rows.shape[1]
+    return Drawn(
+        truth.flatten(0, 1),
+        mean.repeat_interleave(each, dim=0),
+        draws[:, :each].flatten(0, 1),
+        rows.flatten(),
+    )
+
+
+def _log_share(counts: Tensor, median: float) -> Tensor:
+    return torch.log1p(counts / counts.sum(dim=-1, keepdim=True).clamp(min=1) * median)

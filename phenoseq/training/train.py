@@ -13,11 +13,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.data.datamodule import StoreDataModule, StreamDataModule
+from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.errors import ModelError
+from phenoseq.training.base import TrainingModule
 from phenoseq.training.callbacks import WarmEMA
-from phenoseq.training.finalise import finalise
 from phenoseq.training.module import PhenoSeqModule
+from phenoseq.training.published import PublishedModule
+
+#: What ``class_path`` of ``model`` and ``data`` names; the first of each where it is left out.
+MODULES = (PhenoSeqModule, PublishedModule)
+DATA = (StoreDataModule, SampleDataModule)
 
 
 class _CLI(LightningCLI):
@@ -26,8 +32,10 @@ class _CLI(LightningCLI):
             "--out", type=str | None, default=None, help="folder of the trained model"
         )
         parser.add_argument("--ema", type=float, default=0.999, help="decay of the mean weights")
-        parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("seed_everything", "data.seed")
+        for part, kinds in (("model", MODULES), ("data", DATA)):
+            parser.link_arguments("seed_everything", f"{part}.init_args.seed")
+            first = f"{kinds[0].__module__}.{kinds[0].__qualname__}"
+            parser.set_defaults({part: {"class_path": first}})
         parser.set_defaults({"trainer.enable_progress_bar": sys.stderr.isatty()})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -53,8 +61,10 @@ def train(args: Sequence[str]) -> Path:
     warnings.filterwarnings("ignore", message=".*configure_model.*WeightAveraging.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     cli = _CLI(
-        PhenoSeqModule,
-        StoreDataModule,
+        TrainingModule,
+        StreamDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
         args=list(args),
         run=False,
         seed_everything_default=0,
@@ -68,7 +78,7 @@ def train(args: Sequence[str]) -> Path:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
     out = Path(cli.config.out or root / "model")
     if cli.trainer.is_global_zero:
-        finalise(cli.model.model.cpu().float(), cli.datamodule).save(out)
+        cli.model.finish(cli.datamodule).save(out)
     return out
 
 

@@ -22,18 +22,17 @@ import yaml
 from phenoseq._version import __version__
 from phenoseq.errors import ModelError
 from phenoseq.evaluation.report import Scores, markdown
-from phenoseq.models.config import PhenoSeqConfig
 from phenoseq.models.files import CONFIG, WEIGHTS, config_text
-from phenoseq.models.load import read_any_config
+from phenoseq.models.load import Config, read_any_config
 from phenoseq.models.published_config import PublishedConfig
+from phenoseq.zoo.about import genes_of, image_of, record_of, tell_data, tell_inputs, tell_outputs
 
 METRICS, CARD = "metrics.json", "README.md"
-Config = PhenoSeqConfig | PublishedConfig
 
 _MADE = re.compile(r"<!-- (table|genes|facts): ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _FRONT = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
-#: The task by which the hub lists a model: from images, or from features.
-_TASKS = {"phenoseq": "image-feature-extraction", "published": "feature-extraction"}
+#: The task by which the hub lists a model that reads images, and one that reads features.
+IMAGES, FEATURES = "image-feature-extraction", "feature-extraction"
 #: Genes named at either end of the ranking.
 _ENDS = 10
 #: Characters of a card that are shown.
@@ -108,7 +107,7 @@ def complete(
     name: str,
     metrics: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
-    network: str = "phenoseq",
+    config: Config | None = None,
 ) -> str:
     """Return a card with whole metadata, as the hub wants it.
 
@@ -122,8 +121,8 @@ def complete(
         Of ``metrics.json``; where they are empty, no figures are given.
     facts
         Metadata that replace the card's own, where they are not None.
-    network
-        Of its configuration.
+    config
+        Of the model, if it is known; it says which task it does.
 
     Raises
     ------
@@ -139,7 +138,7 @@ def complete(
         raise ModelError(f"card of {name}: its metadata are no list of names and values")
     data: dict[str, Any] = {
         "library_name": "phenoseq",
-        "pipeline_tag": _TASKS[network],
+        "pipeline_tag": FEATURES if config and image_of(config) is None else IMAGES,
         "license": "unknown",
         "datasets": [],
         "tags": [],
@@ -173,29 +172,17 @@ def complete(
 
 def make_card(name: str, repo: str, config: Config, metrics: Mapping[str, Any]) -> str:
     """Return a card for a model that has none, from what it knows of itself."""
-    if isinstance(config, PublishedConfig):
-        what = (
-            f"Generates {config.embedding} embeddings ({config.sizes.embedding} numbers) of a "
-            f"sample from the image features of {config.bag_size} of its cells. Image and RNA of "
-            "training were of different cells of one sample: a draw is as of some cell of it."
-        )
-        data = f"Converted from a checkpoint with the sha256 `{config.origin.checkpoint}`."
-    else:
-        record = config.training
-        what = (
-            f"Predicts {len(config.expression.genes)} genes in single cells from "
-            f"{', '.join(config.image.channels)}, in crops of {config.image.crop_px} pixels at "
-            f"{config.image.pixel_size:g} µm."
-        )
-        data = (
-            f"`{record.source}` (sha256 `{record.identity}`): {record.n_cells:,} training cells. "
-            f"Split: `{json.dumps(record.split)}`."
-        )
+    pairing = (
+        "Image and RNA of its training were of the same cells."
+        if config.pairing == "cell"
+        else "Image and RNA of its training were of different cells of one sample: what it "
+        "predicts is as of some cell of the sample, and of none that was imaged."
+    )
     scores = _table(metrics) if metrics else "Not measured on held-out groups."
     return f"""
 # {name}
 
-{what}
+Predicts {tell_outputs(config)} from {tell_inputs(config)}. {pairing}
 
 ## Use
 
@@ -210,7 +197,7 @@ instruments other than those of its training, without measuring there first.
 
 ## Data
 
-{data}
+Trained on: {tell_data(config)}.
 
 ## Scores
 
@@ -247,10 +234,9 @@ def fill(page: str) -> str:
     if not page.startswith("---\n") or not title:
         return page
     folder = weights_folder(title[1])
-    network = "phenoseq"
-    if (folder / CONFIG).is_file():
-        network = read_any_config(*config_text(folder)).network
-    return complete(page, title[1], read_metrics(folder), network=network)
+    known = (folder / CONFIG).is_file()
+    config = read_any_config(*config_text(folder)) if known else None
+    return complete(page, title[1], read_metrics(folder), config=config)
 
 
 def printable(text: str) -> str:
@@ -282,11 +268,11 @@ def _table(metrics: Mapping[str, Any]) -> str:
 
 def _genes(config: Config) -> str:
     """Name the genes that are predicted best and worst."""
-    if isinstance(config, PublishedConfig) or not config.training.reliability:
+    genes, record = genes_of(config), record_of(config)
+    if genes is None or record is None or not record.reliability:
         return ""
     ranked = sorted(
-        zip(config.training.reliability, config.expression.symbols, strict=True),
-        key=lambda pair: (-pair[0], pair[1]),
+        zip(record.reliability, genes.symbols, strict=True), key=lambda pair: (-pair[0], pair[1])
     )
     values = [value for value, _ in ranked]
 
@@ -305,15 +291,18 @@ def _genes(config: Config) -> str:
 def _facts(config: Config, folder: Path | None = None) -> str:
     """List what the files say of the model."""
     rows = {"pairing": config.pairing, "configuration": f"schema version {config.schema_version}"}
-    if isinstance(config, PhenoSeqConfig):
+    if (record := record_of(config)) is not None:
         rows |= {
-            "trained with": f"phenoseq {config.training.version}",
-            "encoder": f"`{config.encoder.backbone}`, {config.encoder.channel_mode} stains",
-            "denoiser": f"{config.denoiser.depth} blocks, {config.denoiser.dim} wide",
-            "sampling": f"{config.diffusion.sampler}, {config.diffusion.steps} steps",
-            "data": f"sha256 `{config.training.identity}`",
-            "split": f"sha256 `{config.training.split_digest}`",
+            "trained with": f"phenoseq {record.version}",
+            "data": f"sha256 `{record.identity}`",
+            "split": f"sha256 `{record.split_digest}`",
         }
+    if not isinstance(config, PublishedConfig):
+        if config.encoder is not None:
+            stains = f"{config.encoder.channel_mode} stains"
+            rows["encoder"] = f"`{config.encoder.backbone}`, {stains}"
+        rows["denoiser"] = f"{config.denoiser.depth} blocks, {config.denoiser.dim} wide"
+        rows["sampling"] = f"{config.diffusion.sampler}, {config.diffusion.steps} steps"
     if folder is not None:
         rows["weights"] = f"{(folder / WEIGHTS).stat().st_size:,} bytes"
     else:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phenoseq.errors import ModelError
-from phenoseq.models.config import PhenoSeqConfig
 from phenoseq.models.files import CONFIG, WEIGHTS, config_text
 from phenoseq.models.load import load_folder, read_any_config
 from phenoseq.zoo import checkpoint
+from phenoseq.zoo.about import tell_data, tell_inputs, tell_outputs
 from phenoseq.zoo.cards import CARD, METRICS, card_beside, figures, find_card, read_metrics
 from phenoseq.zoo.checkpoint import HubCheckpoint
 from phenoseq.zoo.convert import sha256_of
@@ -115,19 +115,11 @@ def _verify_cached(name: str, folder: Path) -> Iterator[tuple[str, str, str]]:
 def _described(name: str, folder: Path) -> Description:
     config = read_any_config(*config_text(folder))
     facts = {"model": name, "network": config.network, "pairing": config.pairing}
-    if isinstance(config, PhenoSeqConfig):
-        facts |= {
-            "predicts": f"{len(config.expression.genes)} genes",
-            "stains": ", ".join(config.image.channels),
-            "pixel size": f"{config.image.pixel_size:g} µm",
-            "training data": config.training.source,
-        }
-    else:
-        facts |= {
-            "predicts": f"{config.embedding} embedding of {config.sizes.embedding} numbers",
-            "stains": ", ".join(config.features.channels),
-            "training data": config.origin.repo or "unknown",
-        }
+    facts |= {
+        "reads": tell_inputs(config),
+        "predicts": tell_outputs(config),
+        "training data": tell_data(config),
+    }
     if (folder / WEIGHTS).is_file():
         facts |= {
             "sha256": sha256_of(folder / WEIGHTS),

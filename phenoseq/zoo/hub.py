@@ -21,7 +21,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from phenoseq._version import __version__
 from phenoseq.disk import is_full
@@ -229,11 +229,12 @@ def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelE
     return ModelError(f"{what}: {say}")
 
 
-class _Bar(tqdm):  # type: ignore[misc]
+class _Bar(tqdm):
     """The client's progress bar, on a terminal only."""
 
     def __init__(self, *args: Any, **how: Any) -> None:
-        super().__init__(*args, **how | {"disable": how.get("disable") or not sys.stderr.isatty()})
+        how["disable"] = how.get("disable") or not sys.stderr.isatty()
+        super().__init__(*args, **how)  # type: ignore[no-untyped-call]
 
 
 def _about_pickles(reference: Reference) -> str:

@@ -17,6 +17,7 @@ from phenoseq.models.files import CONFIG, WEIGHTS, digest_of_model
 from phenoseq.models.load import Model, load_folder
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.zoo.cards import CARD, METRICS, card_beside, complete, make_card, read_metrics
 from phenoseq.zoo.hub import TRAINING, explain, parse_reference
 
@@ -32,7 +33,7 @@ class Publishable:
 
     def push_to_hub(self, repo: str, **options: Any) -> str:
         """Publish this model; see :func:`phenoseq.push_to_hub`."""
-        assert isinstance(self, PhenoSeq | PublishedPhenoSeq)
+        assert isinstance(self, PhenoSeq | SamplePhenoSeq | PublishedPhenoSeq)
         return push_to_hub(self, repo, **options)
 
 
@@ -44,9 +45,14 @@ class HubPublishedPhenoSeq(Publishable, PublishedPhenoSeq):
     """:class:`~phenoseq.models.published.PublishedPhenoSeq` as it is loaded."""
 
 
-LoadedModel = HubPhenoSeq | HubPublishedPhenoSeq
+class HubSamplePhenoSeq(Publishable, SamplePhenoSeq):
+    """:class:`~phenoseq.models.sample.SamplePhenoSeq` as it is loaded."""
+
+
+LoadedModel = HubPhenoSeq | HubSamplePhenoSeq | HubPublishedPhenoSeq
 NETWORKS: Mapping[str, type[Model]] = {
     "phenoseq": HubPhenoSeq,
+    "sample": HubSamplePhenoSeq,
     "published": HubPublishedPhenoSeq,
 }
 
@@ -114,7 +120,7 @@ def push_to_hub(
         card = card_beside(folder) if folder else None
         card = card or make_card(name, repo, loaded.config, metrics)
         facts = {"license": licence, "datasets": list(datasets) or None}
-        card = complete(card, name, metrics, facts, loaded.config.network)
+        card = complete(card, name, metrics, facts, loaded.config)
         (files / CARD).write_text(card, encoding="utf-8")
         return _upload(files, repo, private, message)
 

@@ -23,9 +23,7 @@ def arguments(store, tmp_path):
     def make(root: str = "run", epochs: int = 2, **more: object) -> list[str]:
         settings = {
             "data.store": store.path,
-            "data.split.by": "Metadata_Well",
-            "data.split.block": "null",
-            "data.split.test": 0.2,
+            "data.split": "{by: Metadata_Well, block: null, test: 0.2}",
             "data.batch_size": 32,
             "model.encoder.backbone": "test_resnet",
             "model.denoiser.dim": 32,
