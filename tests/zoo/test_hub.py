@@ -163,7 +163,7 @@ def test_a_changed_model_is_pushed_without_the_scores_of_the_old(machine, hub, f
     card = ModelCard((files / "README.md").read_text())
     assert card.data.eval_results is None
     assert card.data.license == "unknown"
-    assert "Predicts 6 genes in single cells from DNA, RNA" in card.text
+    assert "Predicts 6 genes from DNA, RNA in crops of 32 pixels at 0.5 µm" in card.text
     assert "- best: S0 0.50, S1 0.40" in card.text
     assert not hub.repos[REPO].private
 
@@ -205,6 +205,40 @@ def test_a_push_without_a_token(stranger, hub, folder):
 def test_a_push_to_no_name(machine, folder, name):
     status, printed = machine.command("models", "push", str(folder), name)
     assert (status, "OWNER/NAME" in printed) == (1, True)
+
+
+PINNED = """
+from dataclasses import replace
+import phenoseq
+from phenoseq.zoo import registry
+entries = registry._ENTRIES
+source = registry.HubModel({repo!r}, {commit!r})
+entry = replace(entries[0], name="pinned", source=source, sha256={digest!r}, size=2_000_000_000)
+registry._ENTRIES = (entry,)
+for download in {downloads}:
+    try:
+        print(phenoseq.load_model("pinned", download=download).folder)
+    except phenoseq.ModelError as error:
+        print("REFUSED", error)
+registry._ENTRIES = entries
+"""
+
+
+def test_an_entry_of_the_zoo_at_a_pinned_commit(machine, hub, repo, folder, commit):
+    """Asked for, fetched once, at its commit and with its digest whatever the branch has become."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    repo.heads["main"] = NEWER
+    what = {"repo": REPO, "commit": commit, "downloads": (False, True, False)}
+    refused, *loaded = machine.run(PINNED.format(digest=digest, **what)).splitlines()
+    assert "takes 2.0 GB to download" in refused
+    assert "download=True" in refused
+    assert len(loaded) == 2
+    assert all(line.endswith(commit) for line in loaded)
+    assert len([line for line in hub.gets() if line.endswith(".safetensors")]) == 1
+    refused, again, _ = machine.run(PINNED.format(digest="0" * 64, **what)).splitlines()
+    assert "is not the file that was released; it was removed" in refused
+    assert "is not the file that was released; it was removed" in again
+    assert not machine.cached("hub/**/model.safetensors")
 
 
 # ----------------------------------------------------------------------------------- a bad network
