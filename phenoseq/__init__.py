@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
@@ -29,6 +30,7 @@ _LAZY = {
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",
+    "push_to_hub": "phenoseq.zoo.push",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "list_models",
     "load_model",
     "predict",
+    "push_to_hub",
 ]
 
 

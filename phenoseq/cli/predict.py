@@ -130,12 +130,11 @@ def _fetch(model: str, *, yes: bool) -> None:
     entry = to_download(model)
     if entry is None:
         return
-    files = entry.files
-    print(f"{entry.name}: {files.download} from {files.repo} on the Hugging Face hub", end=", ")
-    print(f"converted to {files.kept} and kept for later")
+    size = f"{entry.size / 1e9:.1f} GB"
+    print(f"{entry.name}: {size} from the Hugging Face hub, kept for later")
     if not yes:
         if not sys.stdin.isatty():
-            raise ModelError(f"{entry.name}: say --yes to download {files.download}")
+            raise ModelError(f"{entry.name}: say --yes to download {size}")
         if input("download? [y/N] ").strip().lower() not in ("y", "yes"):
             raise ModelError(f"{entry.name}: not downloaded")
     load_model(entry.name, download=True)
