@@ -92,15 +92,16 @@ def markdown(scores: list[Scores]) -> str:
 
 def as_json(scores: list[Scores], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores and the facts they rest on, as plain JSON; what is not a number is None."""
-    plain: dict[str, Any] = _plain({**facts, "scores": [asdict(s) for s in scores]})
-    return plain
+    raw: dict[str, Any] = plain({**facts, "scores": [asdict(s) for s in scores]})
+    return raw
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value with None for what is no number, at any depth, and lists for tuples."""
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
