@@ -271,12 +271,13 @@ def _write_tables(
         genes.loc[truth.genes, r.name] = r.pcc_gene
         if r.n_draws != 1:
             cells[r.name] = r.cell_scores
-        for level in r.calibration.coverage if r.calibration else ():
-            found = asdict(r.calibration)  # type: ignore[call-overload]
-            names = ("coverage", "coverage_common", "closed", "width", "group_means")
-            levels.append(
-                {"name": r.name, "level": float(level)} | {k: found[k][level] for k in names}
-            )
+        if r.calibration is None:
+            continue
+        found = asdict(r.calibration)
+        names = ("coverage", "coverage_common", "closed", "width", "group_means")
+        for level in r.calibration.coverage:
+            row = {"name": r.name, "level": float(level)}
+            levels.append(row | {k: found[k][level] for k in names})
     genes.to_parquet(folder / "genes.parquet")
     cells.to_parquet(folder / "cells.parquet")
     pd.DataFrame(levels).to_parquet(folder / "calibration.parquet")

@@ -212,7 +212,8 @@ class PairDistances:
             np.einsum("bi,ij,bj->b", weights, sums, weights, optimize=True)
             for sums in (self._xy, self._xx, self._yy)
         )
-        return 2 * between / n**2 - (true + draw) / (n**2 - own)
+        out: Array = 2 * between / n**2 - (true + draw) / (n**2 - own)
+        return out
 
 
 def by_group(values: Array, group: NDArray[np.int64], n_groups: int) -> Array:

@@ -33,7 +33,7 @@ def crps(true: Matrix, draws: Matrix) -> NDArray[np.float64]:
     ``(n, g)``.
     """
     k = len(draws)
-    out = np.abs(draws - true).mean(axis=0, dtype=np.float64)
+    out: NDArray[np.float64] = np.abs(draws - true).mean(axis=0, dtype=np.float64)
     if k > 1:
         weight = (2 * np.arange(k) - k + 1.0) / (k * (k - 1))
         out -= np.tensordot(weight, np.sort(draws, axis=0), axes=1)

@@ -145,10 +145,10 @@ def de_overlap_k(true: Vector, predicted: Vector, k: int) -> tuple[float, float]
     The share of the k in common, and the share of the k truly most changed that are predicted to
     change with the same sign.
     """
-    top = [np.argsort(-np.abs(x), kind="stable")[:k] for x in (true, predicted)]
-    common = len(np.intersect1d(*top))
-    same = np.sign(true[top[0]]) == np.sign(predicted[top[0]])
-    return common / len(top[0]), float(same.mean())
+    top, guessed = (np.argsort(-np.abs(x), kind="stable")[:k] for x in (true, predicted))
+    common = len(np.intersect1d(top, guessed))
+    same = np.sign(true[top]) == np.sign(predicted[top])
+    return common / len(top), float(same.mean())
 
 
 def map_replicate(

@@ -231,7 +231,7 @@ def _mlp(features: dict[str, Matrix], known: Matrix, held: Matrix, seed: int) ->
     best, kept, chosen = float("inf"), copy.deepcopy(network), 0
     with bar("MLP on encoder features") as progress:
         for epoch in range(1, _EPOCHS + 1):
-            for rows in torch.randperm(len(x), generator=generator).split(_BATCH):
+            for rows in torch.randperm(len(x), generator=generator).split(_BATCH):  # type: ignore[no-untyped-call]
                 loss = (network(x[rows]) + mean - y[rows]).square().mean()
                 optimiser.zero_grad()
                 loss.backward()

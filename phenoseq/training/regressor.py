@@ -295,7 +295,7 @@ class CountingNoise:
     def rates(self, mean: NDArray[np.float32]) -> NDArray[np.float64]:
         """Turn expected expression ``(n, g)`` to shares of the counts, summing to one."""
         share = np.expm1(np.maximum(mean, 0.0).astype(np.float64)) * self.gain + 1e-9
-        return share / share.sum(axis=1, keepdims=True)
+        return np.asarray(share / share.sum(axis=1, keepdims=True))
 
     def draw(
         self,
