@@ -71,7 +71,11 @@ def write_page(
     names = symbols.astype(str).to_numpy()[truth.genes]
     data = {
         "facts": facts,
-        "columns": [[name, heading.replace("`", ""), d] for name, heading, d in COLUMNS],
+        "columns": [
+            [name, heading.replace("`", ""), digits]
+            for name, heading, digits in COLUMNS
+            if name not in ("pcc_gene_mean", "pcc_gene_top50")  # which are in the tables
+        ],
         "scores": as_json(list(scores), {})["scores"],
         "genes": _gene_table(names, results),
         "shown": genes.tolist(),
