@@ -12,11 +12,12 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import evaluate, finetune, predict
+    from phenoseq.api import finetune, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.scoring import evaluate
     from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
@@ -25,7 +26,7 @@ _LAZY = {
     "Store": "phenoseq.data.store",
     "decode": "phenoseq.inference.decode",
     "embed": "phenoseq.inference.extract",
-    "evaluate": "phenoseq.api",
+    "evaluate": "phenoseq.scoring",
     "finetune": "phenoseq.api",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
