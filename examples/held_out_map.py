@@ -19,7 +19,8 @@ from phenoseq.data.splits import SplitConfig
 from phenoseq.evaluation.metrics import pcc_gene
 from phenoseq.evaluation.report import normalised, scored_genes
 from phenoseq.inference.inputs import open_inputs
-from phenoseq.inference.predictor import run
+from phenoseq.inference.predictor import image_job
+from phenoseq.inference.table import predict_table
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
@@ -34,7 +35,7 @@ model, store = phenoseq.load_model(options.model), phenoseq.Store(options.store)
 table = store.table()
 split = split_of(store, SplitConfig(**model.config.training.split))
 rows = split.rows("test")
-prediction = run(model, open_inputs(store, model.config.image, rows=rows))
+prediction = predict_table(image_job(model, open_inputs(store, model.config.image, rows=rows)))
 truth = normalised(table.X[rows], model.config.expression.median_library)
 genes = np.flatnonzero(scored_genes(table.X[split.rows("train")]))
 correlation = pcc_gene(truth[:, genes], np.asarray(prediction.X)[:, genes])

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from phenoseq._version import __version__
+from phenoseq.data.backed import Cells, is_anndata
 from phenoseq.data.datamodule import split_of
 from phenoseq.data.readers import open_source
 from phenoseq.data.source import Source
@@ -31,11 +32,10 @@ from phenoseq.evaluation.report import (
 from phenoseq.inference.bagged import bag_job, describe_features
 from phenoseq.inference.eightbit import EightBit
 from phenoseq.inference.extract import check_source, image_features
-from phenoseq.inference.features import open_features
 from phenoseq.inference.inputs import open_inputs
-from phenoseq.inference.predictor import image_job, run
+from phenoseq.inference.predictor import image_job
 from phenoseq.inference.table import Job, predict_file, predict_table
-from phenoseq.inference.writer import check_out
+from phenoseq.inference.writer import check_out, open_table
 from phenoseq.models.features import FeatureExtractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
@@ -56,6 +56,7 @@ def predict(
     out: str | Path | None = None,
     channels: Sequence[str] | None = None,
     pixel_size: float | None = None,
+    format: str | None = None,
     cells: str | Path | pd.DataFrame | None = None,
     keep_draws: bool = False,
     sample: str | None = None,
@@ -76,8 +77,8 @@ def predict(
         crops ``(n, C, H, W)`` with one cell in the middle of each, or an opened source or store.
         Where the pixel type is not that of the training images, each stain is scaled by
         percentiles of the whole source. For a model of features an AnnData of them, one row a
-        cell, or its ``.h5ad`` file, which is never read whole; or images, of which the features
-        are made first.
+        cell, or its ``.h5ad`` or ``.zarr`` file, which is never read whole; or images, of which
+        the features are made first.
     model
         A name of the zoo, a folder, or a loaded model.
     n_samples
@@ -90,14 +91,20 @@ def predict(
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
     out
-        ``.h5ad`` or ``.zarr`` to write as well, whole or not at all.
+        ``.h5ad`` or ``.zarr`` to write, whole or not at all, block by block, so that memory does
+        not grow with the number of cells. A run that was stopped goes on when it is called again.
+        The table returned is open on the file: ``X`` and layers are read where they are sliced,
+        and ``.to_memory()`` reads them all.
     channels
         For an array: the stain of each channel.
     pixel_size
         Micrometres a pixel: for an array, or a folder that does not say.
+    format
+        For a folder: its layout, the name of a reader, where it should not be guessed.
     cells
         For a folder: CSV (or table indexed by ``cell_id``) of ``cell_id``, ``x_centroid``,
-        ``y_centroid`` in micrometres, the positions to predict at in place of the folder's own.
+        ``y_centroid`` in micrometres, the positions to predict at in place of the folder's own;
+        and ``field``, the name of their image, where there are several. Other columns are kept.
     keep_draws
         Keep every draw, as ``layers["draw_0"]`` and so on; those of samples are always kept.
     sample
@@ -149,15 +156,16 @@ def predict(
         _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
         how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
         how["published_steps"] = published_steps
-        if isinstance(source, ad.AnnData) or _is_h5ad(source):
-            given = {"pixel_size": pixel_size, "eight_bit": eight_bit, "extractor": extractor}
-            _refuse(given, "a table of features")
+        if _is_table(source):
+            given = {"pixel_size": pixel_size, "format": format, "eight_bit": eight_bit}
+            _refuse(given | {"extractor": extractor}, "a table of features")
         else:
             source = _features_of(
                 source,
                 loaded,
                 sample,
                 pixel_size=pixel_size,
+                format=format,
                 eight_bit=eight_bit,
                 extractor=extractor,
                 device=device,
@@ -165,14 +173,19 @@ def predict(
         return _predict_bags(source, loaded, sample, path, **how)
     given = {"sample": sample, "published_steps": published_steps or None}
     _refuse(given | {"eight_bit": eight_bit, "extractor": extractor}, "a model of images")
-    if isinstance(source, ad.AnnData) or _is_h5ad(source):
+    if _is_table(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
             "give their folder, store or crops, or choose a model of imaging features "
             "('phenoseq models' lists them)"
         )
     inputs = open_inputs(
-        source, loaded.config.image, channels=channels, pixel_size=pixel_size, cells=cells
+        source,
+        loaded.config.image,
+        channels=channels,
+        pixel_size=pixel_size,
+        format=format,
+        cells=cells,
     )
     job = image_job(
         loaded,
@@ -192,19 +205,19 @@ def _do(job: Job, path: Path | None) -> ad.AnnData:
         if path is None:
             return predict_table(job, progress)
         predict_file(job, path, progress)
-    return ad.read_h5ad(path) if path.suffix == ".h5ad" else ad.read_zarr(path)
+    return open_table(path)
 
 
 def _predict_bags(
     source: Any, model: PublishedPhenoSeq, sample: str | None, path: Path | None, **how: Any
 ) -> ad.AnnData:
-    with open_features(source) as (features, where):
-        if sample is None:
-            raise DataError(
-                f"{where}: say which sample each cell is of: sample= (--sample) names a column of "
-                f"obs, one of {[str(column) for column in features.obs.columns][:20]}"
-            )
-        return _do(bag_job(model, features, sample, where=where, **how), path)
+    features = Cells(source)
+    if sample is None:
+        raise DataError(
+            f"{features.name}: say which sample each cell is of: sample= (--sample) names a column "
+            f"of obs, one of {[str(column) for column in features.obs.columns][:20]}"
+        )
+    return _do(bag_job(model, features, sample, **how), path)
 
 
 def _features_of(
@@ -213,6 +226,7 @@ def _features_of(
     sample: str | None,
     *,
     pixel_size: float | None,
+    format: str | None,
     eight_bit: EightBit | None,
     extractor: str | Path | FeatureExtractor | None,
     device: str,
@@ -225,7 +239,7 @@ def _features_of(
             f"{describe_features(model)}"
         )
     if not isinstance(source, Source):
-        source = open_source(source, pixel_size=pixel_size)
+        source = open_source(source, format=format, pixel_size=pixel_size)
     if sample is None:
         raise DataError(
             f"{source.name}: say which sample each cell is of: sample= (--sample) names a column "
@@ -253,8 +267,12 @@ def _refuse(given: dict[str, Any], kind: str) -> None:
             raise DataError(f"{option!r} has no meaning for {kind}; leave it out")
 
 
-def _is_h5ad(source: Any) -> bool:
-    return isinstance(source, str | Path) and Path(source).suffix == ".h5ad"
+def _is_table(source: Any) -> bool:
+    """Tell whether a source is an AnnData, or a file of one."""
+    if isinstance(source, ad.AnnData):
+        return True
+    path = Path(source) if isinstance(source, str | Path) else Path()
+    return path.suffix == ".h5ad" or (path.suffix == ".zarr" and is_anndata(path))
 
 
 def _called(source: Any) -> str:
@@ -320,9 +338,9 @@ def evaluate(
     rows = rows[table.obs["total_counts"].to_numpy()[rows] >= MIN_COUNTS]
     fitted = fit_baselines(opened, table, train, rows, median=median, seed=seed)
     inputs = open_inputs(opened, config.image, rows=rows)
-    how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device}
+    job = image_job(loaded, inputs, n_samples=n_samples, steps=steps, seed=seed, device=device)
     with bar(f"predicting the {part} part") as progress:
-        predicted = run(loaded, inputs, **how, progress=progress)  # type: ignore[arg-type]
+        predicted = predict_table(job, progress)
     truth = normalised(table.X[rows], median)
     genes = scored_genes(table.X[train])
     scores, each = score_all(truth, {name: predicted, **fitted}, genes)

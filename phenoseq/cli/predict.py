@@ -15,11 +15,14 @@ def add_predict(commands: Commands) -> None:
     predict.add_argument(
         "source",
         help="folder, file or URL of images, store, crops (n, C, H, W) as .npy, or features as "
-        ".h5ad",
+        ".h5ad or .zarr",
     )
     predict.add_argument("--model", required=True, help="name in the zoo, or folder")
     predict.add_argument("-o", "--out", required=True, help="OUT.h5ad or OUT.zarr")
-    predict.add_argument("--cells", help="CSV of cell_id,x_centroid,y_centroid (um) to predict at")
+    predict.add_argument(
+        "--cells", help="CSV of cell_id,x_centroid,y_centroid (um) and field to predict at"
+    )
+    predict.add_argument("--format", help=FORMAT)
     predict.add_argument("--channels", help="stains of an array, in order, comma-separated")
     predict.add_argument("--pixel-size", type=float, help="um a pixel, of an array or a folder")
     predict.add_argument("--keep-draws", action="store_true", help="keep every draw, as a layer")
@@ -95,6 +98,7 @@ def _predict(options: argparse.Namespace) -> int:
         out=options.out,
         channels=channels,
         pixel_size=options.pixel_size,
+        format=options.format,
         cells=options.cells,
         keep_draws=options.keep_draws,
         sample=options.sample,

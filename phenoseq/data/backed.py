@@ -50,6 +50,10 @@ class Matrix:
         bytes_ = sum(part.row_bytes * part.n for part in parts)
         self.row_bytes = max(bytes_ / max(self.shape[0], 1), 1.0)
 
+    def __getitem__(self, rows: slice) -> NDArray[np.float32] | sparse.csr_matrix:
+        """Return some rows side by side, as :meth:`take` does."""
+        return self.take(np.arange(*rows.indices(self.shape[0])))
+
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | sparse.csr_matrix:
         """Return ``rows`` in that order, float32 ``(n, width)``, dense or CSR.
 
@@ -123,7 +127,8 @@ class Cells:
                 for file, table in zip(self._files, tables, strict=True)
             ]
         shared = [c for c in tables[0] if all(c in table for table in tables)]
-        self.obs = pd.concat([_plain(table[shared]) for table in tables])
+        several = [_plain(table[shared]) for table in tables]
+        self.obs = several[0] if len(several) == 1 else pd.concat(several)
         if not self.obs.index.is_unique:
             raise DataError(f"{self.name}: a file is given twice, or has the name of another")
 
@@ -135,6 +140,16 @@ class Cells:
     def var_names(self) -> list[str]:
         """Names of the columns of the first file's ``X``."""
         return list(self._files[0].var.index.astype(str))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the first file was made, its ``uns["phenoseq"]``; empty where it does not say."""
+        return self._files[0].record
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """``var`` of the first file."""
+        return self._files[0].var
 
     def matrix(self, key: str = "X") -> Matrix:
         """Open ``"X"``, ``"layers/NAME"`` or ``"obsm/NAME"``.
@@ -234,10 +249,11 @@ class _File:
 
     def __init__(self, given: Given) -> None:
         self.node: Any = given
-        if isinstance(given, ad.AnnData):
+        if isinstance(given, ad.AnnData) and not given.isbacked:
             self.name = "the AnnData given"
             self.obs, self.var = given.obs, given.var
         else:
+            given = given.filename if isinstance(given, ad.AnnData) else given
             self.name = str(given)
             self.node, self.obs, self.var = _open(Path(given))
         self.obs = self.obs.set_axis(self.obs.index.astype(str))
@@ -255,7 +271,18 @@ class _File:
                 for name in ("obsm", "layers")
             }
             raise DataError(f"{self.name}: no {key!r}; it has {choices}")
+        if isinstance(at, ad.abc.CSRDataset | ad.abc.CSCDataset):
+            at = at.group
         return _Part(at, f"{self.name}: {key}", len(self.obs), columns)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``uns["phenoseq"]``, or nothing."""
+        found = self.node.uns if self._in_memory else self.node.get("uns", {})
+        record = found["phenoseq"] if "phenoseq" in found else {}
+        if isinstance(record, h5py.Group | zarr.Group):
+            record = ad.io.read_elem(record)
+        return record if isinstance(record, dict) else {}
 
     @property
     def _in_memory(self) -> bool:
@@ -283,6 +310,7 @@ class _Part:
 
     def __init__(self, node: Any, where: str, n: int, columns: NDArray[np.int64] | None) -> None:
         self.where, self.n = where, n
+        node = node.tocsr() if sparse.issparse(node) else node
         self._node, self._columns = node, columns
         self._kind = self._kind_of(node)
         self.sparse = self._kind == "csr on disk" or sparse.issparse(node)
@@ -291,6 +319,9 @@ class _Part:
             raise DataError(f"{where}: a matrix of shape {shape} for {n} cells; write it again")
         self.width = int(shape[1]) if columns is None else len(columns)
         self._full = int(shape[1])
+        dtype = np.dtype(node["data"].dtype if self._kind == "csr on disk" else node.dtype)
+        if dtype.kind not in "biuf":
+            raise DataError(f"{where}: values of type {dtype}; give numbers")
         self._indptr = node["indptr"][:] if self._kind == "csr on disk" else None
         per_row = float(self._full)
         if self.sparse:
@@ -302,7 +333,7 @@ class _Part:
         self._step = max(int(packed or _READ / max(self.row_bytes, 1.0)), 1)
 
     def _kind_of(self, node: Any) -> Literal["in memory", "dense", "csr on disk"]:
-        if isinstance(node, np.ndarray) or (sparse.issparse(node) and node.format == "csr"):
+        if isinstance(node, np.ndarray) or sparse.issparse(node):
             return "in memory"
         if isinstance(node, h5py.Dataset | zarr.Array):
             return "dense"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ def iter_crops(
     *,
     batch_size: int = 512,
     rows: NDArray[np.int64] | None = None,
+    failed: Callable[[NDArray[np.int64], str], None] | None = None,
 ) -> Iterator[CropBatch]:
     """Cut a crop around cells, region by region.
 
@@ -112,6 +113,9 @@ def iter_crops(
     rows
         Which cells, in which order; all of :func:`crop_order` by default, of which others should
         be parts, or regions are read again and again.
+    failed
+        ``failed(rows, why)`` is told of cells whose image cannot be decoded, which are left out
+        then; otherwise that is an error.
 
     Raises
     ------
@@ -121,7 +125,7 @@ def iter_crops(
     if rows is None:
         rows = crop_order(source, pixel_size, crop_px)
     waiting: list[CropBatch] = []
-    for piece in _pieces(source, rows, pixel_size, crop_px, batch_size):
+    for piece in _pieces(source, rows, pixel_size, crop_px, batch_size, failed):
         waiting.append(piece)
         if sum(len(w.rows) for w in waiting) >= batch_size:
             whole = _joined(waiting)
@@ -176,6 +180,7 @@ def _pieces(
     pixel_size: float,
     crop_px: int,
     at_once: int,
+    failed: Callable[[NDArray[np.int64], str], None] | None,
 ) -> Iterator[CropBatch]:
     """Yield the crops of ``rows`` in order, reading each region once where it comes up once."""
     if not len(rows):
@@ -191,7 +196,13 @@ def _pieces(
         edges = np.flatnonzero(np.any(np.diff(place.region, axis=0), axis=1)) + 1
         for group in np.split(np.arange(len(some)), edges):
             (y0, x0), (y1, x1) = corner[group].min(axis=0), corner[group].max(axis=0) + side
-            pixels = level.read(max(y0, 0), min(y1, height), max(x0, 0), min(x1, width))
+            try:
+                pixels = level.read(max(y0, 0), min(y1, height), max(x0, 0), min(x1, width))
+            except DataError as error:
+                if failed is None:
+                    raise
+                failed(some[group], f"{field[some[0]]}: {error}")
+                continue
             pad = [(0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - width, 0))]
             if any(before or after for before, after in pad):
                 pixels = np.pad(pixels, pad, mode="symmetric")

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 
 from phenoseq._version import __version__
+from phenoseq.data.backed import Cells, Matrix
 from phenoseq.data.bags import Bags, constant_metadata, make_bags
 from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.inference.features import check_features, read_rows
 from phenoseq.inference.predictor import pick_device
 from phenoseq.inference.randomness import bag_normals
-from phenoseq.inference.table import Field, Job, Rows, Values
+from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.published import PublishedPhenoSeq, published_times
 
@@ -28,15 +28,15 @@ from phenoseq.models.published import PublishedPhenoSeq, published_times
 BATCH = 32
 #: Batches in a block of a file.
 _BLOCK = 8
-#: Bytes of features held in memory.
-_HELD = 512 << 20
+#: Bytes of features held in memory, and of those that are checked at once.
+_HELD, _CHECKED = 512 << 20, 64 << 20
 #: Deviations of features from the training ones between which nothing is said.
 _FAMILIAR = (1 / 3, 3.0)
 
 
 def bag_job(
     model: PublishedPhenoSeq,
-    features: ad.AnnData,
+    features: Cells,
     sample: str,
     *,
     n_samples: int = 16,
@@ -45,7 +45,6 @@ def bag_job(
     seed: int = 0,
     device: str = "auto",
     batch_size: int = BATCH,
-    where: str = "features",
     name: str = "",
 ) -> Job:
     """Lay out the prediction of embeddings of samples; see :func:`phenoseq.predict`.
@@ -55,8 +54,7 @@ def bag_job(
     model
         The network.
     features
-        One row a cell, image features in X in their own scale; X may be backed by a file, which
-        must stay open until the job is done.
+        One row a cell, image features in ``X`` in their own scale, in memory or in files.
     sample
         Column of ``obs`` that says which sample a cell is of.
     n_samples
@@ -67,8 +65,8 @@ def bag_job(
         Of bags and draws.
     device, batch_size
         Where, and how many bags at once; neither changes the result but in its last bits.
-    where, name
-        What the features and the model are called.
+    name
+        What the model is called.
 
     Raises
     ------
@@ -79,16 +77,15 @@ def bag_job(
     """
     if n_samples < 1:
         raise DataError(f"n_samples is {n_samples}; draw at least one")
-    config = model.config
-    size, what = config.sizes.features, describe_features(model)
+    config, where = model.config, features.name
     bags = make_bags(features.obs, sample, size=config.bag_size, seed=seed, where=where)
     place = pick_device(device)
-    check_features(features, size, what, where)
+    matrix, what = _checked(features, model), describe_features(model)
     model = model.to(place).eval()
     width = config.sizes.embedding
 
-    def compute(rows: Rows) -> Iterator[tuple[Rows, Values]]:
-        for number, (some, cells) in enumerate(_batches(features, bags, rows, batch_size)):
+    def compute(rows: Rows) -> Iterator[Part]:
+        for number, (some, cells) in enumerate(_batches(matrix, bags, rows, batch_size)):
             with torch.inference_mode():
                 read = torch.from_numpy(cells).to(place)
                 away = (read - model.features_mean) / model.features_std
@@ -120,9 +117,8 @@ def bag_job(
         **_sampling(model, steps, published_steps),
         "origin": asdict(config.origin),
     }
-    made = features.uns.get("phenoseq")
-    if isinstance(made, dict):  # by image_features: what it was made of, and how
-        record["features"] = made
+    if features.record:  # what they were made of, and how
+        record["features"] = features.record
     obs = _obs(features, bags, sample)
     return Job(
         fields=(
@@ -136,7 +132,7 @@ def bag_job(
         obs=obs,
         var=pd.DataFrame(index=pd.Index([f"{config.embedding}_{i}" for i in range(width)])),
         uns={"phenoseq": record},
-        plan=record | {"cells": obs.to_json(), "weights": digest_of_model(model)},
+        plan=_plain(record) | {"cells": digest_of_table(obs), "weights": digest_of_model(model)},
     )
 
 
@@ -149,16 +145,50 @@ def describe_features(model: PublishedPhenoSeq) -> str:
     )
 
 
+def _checked(features: Cells, model: PublishedPhenoSeq) -> Matrix:
+    """Return the features of the cells, of which each must be a finite number."""
+    matrix, size = features.matrix("X"), model.config.sizes.features
+    if matrix.shape[1] != size:
+        raise DataError(
+            f"{features.name}: {matrix.shape[1]} features a cell, the model reads {size}: "
+            f"{describe_features(model)}"
+        )
+    broken, first, step = 0, "", max(_CHECKED // (4 * size), 1)
+    for start in range(0, matrix.shape[0], step):
+        bad = np.flatnonzero(~np.isfinite(_dense(matrix[start : start + step])).all(axis=1))
+        if len(bad) and not broken:
+            first = str(features.obs.index[start + bad[0]])
+        broken += len(bad)
+    if broken:
+        raise DataError(
+            f"{features.name}: NaN or infinite features in {broken} cells, the first {first!r}; "
+            "remove these cells or compute their features again"
+        )
+    return matrix
+
+
+def _dense(block: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
+    return block.toarray() if sparse.issparse(block) else block  # type: ignore[no-any-return]
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record as plain JSON, as files have arrays for lists."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(record, default=lambda value: np.asarray(value).tolist())
+    )
+    return plain
+
+
 def _batches(
-    features: ad.AnnData, bags: Bags, chosen: Rows, batch_size: int
+    features: Matrix, bags: Bags, chosen: Rows, batch_size: int
 ) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
     """Yield bags and their cells' features, ``(B, N, F)``, holding only some cells in memory."""
-    fit = _HELD // (4 * features.n_vars * bags.rows.shape[1])
+    fit = _HELD // (4 * features.shape[1] * bags.rows.shape[1])
     at_once = max(fit // batch_size, 1) * batch_size
     for first in range(0, len(chosen), at_once):
         some = chosen[first : first + at_once]
         wanted, places = np.unique(bags.rows[some], return_inverse=True)
-        held = read_rows(features, wanted)
+        held = _dense(features.take(wanted))
         places = places.reshape(len(some), -1)
         for start in range(0, len(some), batch_size):
             yield some[start : start + batch_size], held[places[start : start + batch_size]]
@@ -184,8 +214,8 @@ def _tell(strange: NDArray[np.float32], what: str, where: str) -> None:
         )
 
 
-def _obs(features: ad.AnnData, bags: Bags, sample: str) -> pd.DataFrame:
-    ids = features.obs_names.to_numpy(dtype=str)
+def _obs(features: Cells, bags: Bags, sample: str) -> pd.DataFrame:
+    ids = features.obs.index.to_numpy()
     obs = constant_metadata(features.obs, bags).drop(columns=sample, errors="ignore")
     obs.insert(0, sample, bags.samples)
     obs["n_cells"] = bags.n_cells

@@ -37,7 +37,8 @@ class Inputs:
     name, identity
         What they are called, and a digest of them (for an array of up to 512 of its cells).
     obs
-        One row a cell, indexed by cell id.
+        One row a cell, indexed by cell id: positions and ``Metadata_*``, and all columns of a table
+        of cells that the user gave.
     placed
         For each stain of the model its channel in the crops, or None where it is missing.
     dtype
@@ -53,7 +54,7 @@ class Inputs:
         All rows of ``obs``, in the order in which their crops are best read.
     crops
         ``crops(rows, batch_size)`` yields crops of rows in a part of this order, at the model's
-        pixel size and crop size.
+        pixel size and crop size; rows whose image cannot be decoded come with the reason instead.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Inputs:
     skipped: tuple[str, ...]
     problems: tuple[str, ...]
     order: Rows
-    crops: Callable[[Rows, int], Iterator[CropBatch]]
+    crops: Callable[[Rows, int], Iterator[CropBatch | tuple[Rows, str]]]
 
 
 def open_inputs(
@@ -74,6 +75,7 @@ def open_inputs(
     *,
     channels: Sequence[str] | None = None,
     pixel_size: float | None = None,
+    format: str | None = None,
     cells: str | Path | pd.DataFrame | None = None,
     rows: NDArray[np.int64] | None = None,
 ) -> Inputs:
@@ -81,6 +83,8 @@ def open_inputs(
 
     ``rows`` are the cells of a store to predict, all by default.
     """
+    if format is not None and not _is_folder(source):
+        raise DataError("'format' is the layout of a folder, file or URL of images; leave it out")
     if isinstance(source, np.ndarray):
         if cells is not None:
             raise DataError("an array has one crop a cell already; 'cells' goes with a folder")
@@ -88,7 +92,9 @@ def open_inputs(
     if channels is not None:
         raise DataError("'channels' names the channels of an array; this source names its own")
     if isinstance(source, str | Path):
-        source = Store(source) if is_store(source) else open_source(source, pixel_size=pixel_size)
+        folder = _is_folder(source)
+        how = {"format": format, "pixel_size": pixel_size}
+        source = open_source(source, **how) if folder else Store(source)
     elif pixel_size is not None:
         raise DataError("'pixel_size' goes with an array or a folder; this source has its own")
     if isinstance(source, Store):
@@ -101,6 +107,11 @@ def open_inputs(
     return _from_source(source, image, cells)
 
 
+def _is_folder(source: Any) -> bool:
+    """Tell whether a source is a place that a reader opens."""
+    return isinstance(source, str | Path) and not is_store(source)
+
+
 def _from_source(
     source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
 ) -> Inputs:
@@ -111,7 +122,7 @@ def _from_source(
             if len(source.fields) > 1:
                 raise DataError(f"{source.name}: several fields; 'cells' needs a column 'field'")
             obs["field"] = next(iter(source.fields))
-        source = replace(source, obs=obs, counts=None, var=None)
+        source = replace(source, obs=obs.assign(**_text(obs)), counts=None, var=None)
     away = outside(source)
     skipped = tuple(source.obs.index[away])
     source = replace(source, obs=source.obs[~away], counts=None, var=None)
@@ -119,16 +130,32 @@ def _from_source(
     gain = np.ones(len(image.channels), dtype=np.float32)
     if source.dtype.name != image.dtype:
         some = replace(source, obs=source.obs.iloc[_some(source.obs.index)])
-        pixels = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px)]
+        lost: list[str] = []
+        how = {"failed": lambda rows, why: lost.append(why)}
+        pixels = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px, **how)]
+        if not pixels:
+            raise DataError(lost[0])
         gain = _gain(_p999(np.concatenate(pixels)), placed, image)
 
-    def crops(rows: Rows, batch_size: int) -> Iterator[CropBatch]:
-        return iter_crops(source, image.pixel_size, image.crop_px, batch_size=batch_size, rows=rows)
+    def crops(rows: Rows, batch_size: int) -> Iterator[CropBatch | tuple[Rows, str]]:
+        failed: list[tuple[Rows, str]] = []
+        for batch in iter_crops(
+            source,
+            image.pixel_size,
+            image.crop_px,
+            batch_size=batch_size,
+            rows=rows,
+            failed=lambda some, why: failed.append((some, why)),
+        ):
+            yield batch
+            yield from failed
+            failed.clear()
+        yield from failed
 
     return Inputs(
         source.name,
         source.identity,
-        source.obs,
+        source.obs if cells is not None else _known(source.obs),
         tuple(placed),
         source.dtype,
         gain,
@@ -137,6 +164,22 @@ def _from_source(
         crop_order(source, image.pixel_size, image.crop_px),
         crops,
     )
+
+
+def _known(obs: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of a source's cells that a prediction keeps."""
+    named = ("field", "x_centroid", "y_centroid")
+    return obs[[c for c in obs if c in named or str(c).startswith("Metadata_")]]
+
+
+def _text(obs: pd.DataFrame) -> dict[str, pd.Categorical]:
+    """Return columns of a user's table that are no numbers, as they can be written: as text."""
+    objects = [name for name in obs if obs[name].dtype == object]
+    return {
+        name: pd.Categorical(obs[name].map(str, na_action="ignore"))
+        for name in objects
+        if name != "field"
+    }
 
 
 def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> Inputs:
@@ -161,7 +204,7 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
     return Inputs(
         str(store.path),
         manifest.identity,
-        store.obs().iloc[rows],
+        _known(store.obs().iloc[rows]),
         tuple(placed),
         np.dtype(manifest.dtype),
         gain,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -18,7 +17,7 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.inputs import Inputs
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
-from phenoseq.inference.table import Field, Job, Rows, Values, predict_table
+from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
 from phenoseq.models.counts import nb_quantile, summarise_mixture
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.phenoseq import PhenoSeq
@@ -29,35 +28,8 @@ SATURATED = 0.01
 BATCH = 128
 QUANTILES = {"q05": 0.05, "q95": 0.95}
 
-
 #: Batches in a block of a file.
 _BLOCK = 16
-
-
-def run(
-    model: PhenoSeq,
-    inputs: Inputs,
-    *,
-    n_samples: int = 16,
-    steps: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    keep_draws: bool = False,
-    batch_size: int = BATCH,
-    progress: Callable[[int, int], None] | None = None,
-) -> ad.AnnData:
-    """Predict all cells of some inputs in memory; see :func:`phenoseq.predict`."""
-    job = image_job(
-        model,
-        inputs,
-        n_samples=n_samples,
-        steps=steps,
-        seed=seed,
-        device=device,
-        keep_draws=keep_draws,
-        batch_size=batch_size,
-    )
-    return predict_table(job, progress)
 
 
 def image_job(
@@ -84,11 +56,14 @@ def image_job(
     where = pick_device(device)
     model = model.to(where).eval()
     genes, latent_dim = len(model.config.expression.genes), model.config.expression.latent_dim
-    ids = inputs.obs.index.to_numpy(dtype=str)
+    ids = inputs.obs.index
     draws = [f"layers/draw_{k}" for k in range(n_samples)] if keep_draws else []
 
-    def compute(rows: Rows) -> Iterator[tuple[Rows, Values]]:
+    def compute(rows: Rows) -> Iterator[Part]:
         for batch in inputs.crops(rows, batch_size):
+            if isinstance(batch, tuple):
+                yield batch
+                continue
             with torch.inference_mode():
                 images, present = _place(batch.images, inputs, where)
                 context = model.encode(images, present)
@@ -104,6 +79,7 @@ def image_job(
             yield batch.rows, values
 
     record = _record(model, inputs, n_samples, steps, seed) | {"model": name}
+    obs = inputs.obs.assign(missing_channels=",".join(record["missing_channels"]))
     return Job(
         fields=(
             *(Field(f, genes) for f in ("X", "layers/std", *(f"layers/{q}" for q in QUANTILES))),
@@ -116,10 +92,10 @@ def image_job(
         order=inputs.order,
         block=_BLOCK * batch_size,
         compute=compute,
-        obs=_obs(inputs.obs, record["missing_channels"]),
+        obs=obs,
         var=_var(model),
         uns={"phenoseq": record},
-        plan=record | {"cells": ids.tolist(), "weights": digest_of_model(model)},
+        plan=record | {"cells": digest_of_table(obs), "weights": digest_of_model(model)},
     )
 
 
@@ -172,13 +148,6 @@ def _expression(
         out[name] = _numpy(torch.log1p(share * median))
     out["layers/draw"] = out[draws[0] if draws else "layers/draw"]
     return out
-
-
-def _obs(source: pd.DataFrame, missing: list[str]) -> pd.DataFrame:
-    kept = [c for c in source if c in ("field", "x_centroid", "y_centroid")]
-    obs = source[kept + [c for c in source if str(c).startswith("Metadata_")]].copy()
-    obs["missing_channels"] = ",".join(missing)
-    return obs
 
 
 def _var(model: PhenoSeq) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Writes an AnnData whole or not at all."""
+"""Where a table is written, whole or not at all, and opened again."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import h5py
+import zarr
 
 from phenoseq.disk import room_for
 from phenoseq.errors import DataError
 
 
 def check_out(out: str | Path) -> Path:
-    """Check, before any work, that a prediction can be written to ``out``.
+    """Check, before any work, that a table can be written to ``out``.
 
     Raises
     ------
@@ -47,6 +50,16 @@ def _replaceable(path: Path) -> bool:
         return False
 
 
+def put_in_place(partial: Path, out: Path, aside: Path) -> None:
+    """Give a finished table its name; what was there is replaced, a folder by way of ``aside``."""
+    if partial.is_file():
+        os.replace(partial, out)
+        return
+    if out.exists():  # moved as a whole, since half a table would look like one
+        out.rename(aside / "old")
+    partial.rename(out)
+
+
 def write_whole(adata: ad.AnnData, path: Path) -> None:
     """Write to a temporary name beside ``path``, then rename; replaces what was there.
 
@@ -62,10 +75,25 @@ def write_whole(adata: ad.AnnData, path: Path) -> None:
         partial = Path(some) / path.name
         if path.suffix == ".h5ad":
             adata.write_h5ad(partial, compression="lzf")
-            os.replace(partial, path)
-            return
-        with ad.settings.override(zarr_write_format=3):
-            adata.write_zarr(partial)
-        if path.exists():  # moved as a whole, since half a table would look like one
-            path.rename(Path(some) / "old")
-        partial.rename(path)
+        else:
+            with ad.settings.override(zarr_write_format=3):
+                adata.write_zarr(partial)
+        put_in_place(partial, path, Path(some))
+
+
+def open_table(path: Path) -> ad.AnnData:
+    """Open a table whose matrices stay in the file, and are read where they are sliced.
+
+    ``obs``, ``var``, ``uns`` and vectors are in memory. ``.to_memory()`` reads the rest.
+    """
+    group: Any = h5py.File(path) if path.suffix == ".h5ad" else zarr.open_group(path, mode="r")
+    matrices: dict[str, dict[str, Any]] = {
+        part: {name: _matrix(group[part][name]) for name in group[part]}
+        for part in ("layers", "obsm")
+    }
+    frames = {part: ad.io.read_elem(group[part]) for part in ("obs", "var", "uns")}
+    return ad.AnnData(_matrix(group["X"]), **frames, **matrices)
+
+
+def _matrix(node: Any) -> Any:
+    return node if isinstance(node, h5py.Dataset | zarr.Array) else ad.io.sparse_dataset(node)

@@ -14,8 +14,10 @@ from scipy import sparse
 
 import phenoseq
 from phenoseq.cli import main
+from phenoseq.data import backed
+from phenoseq.data.backed import Cells
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning
-from phenoseq.inference import bagged, features
+from phenoseq.inference import bagged
 from phenoseq.inference.bagged import bag_job
 from phenoseq.inference.randomness import bag_normals
 from phenoseq.inference.table import predict_table
@@ -63,7 +65,8 @@ def table():
 
 def go(model, table, progress=None, **options):
     how = {"n_samples": 3, "device": "cpu", **options}
-    return predict_table(bag_job(model, table, "Sample_ID", **how), progress)
+    cells = table if isinstance(table, Cells) else Cells(table)
+    return predict_table(bag_job(model, cells, "Sample_ID", **how), progress)
 
 
 @pytest.fixture(scope="module")
@@ -164,30 +167,42 @@ def test_published_steps_are_an_option(network, table, predicted):
     assert not np.allclose(got.X, predicted.X, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["dense", "compressed", "csr", "csc"])
+@pytest.mark.parametrize("kind", ["dense", "compressed", "csr", "zarr"])
 def test_a_file_gives_what_its_table_gives(tmp_path, network, table, predicted, kind, monkeypatch):
-    monkeypatch.setattr(features, "_BLOCK", 4 * F * 7)  # so that blocks of 7 cells are read
+    monkeypatch.setattr(bagged, "_CHECKED", 4 * F * 7)  # so that blocks of 7 cells are read
     monkeypatch.setattr(bagged, "_HELD", 4 * F * 16 * 2)  # and two bags are held
-    copy = table.copy()
-    if kind in ("csr", "csc"):
-        copy.X = getattr(sparse, f"{kind}_matrix")(copy.X)
-    copy.write_h5ad(tmp_path / "f.h5ad", compression="gzip" if kind == "compressed" else None)
-    got = phenoseq.predict(
-        tmp_path / "f.h5ad", model=network, sample="Sample_ID", n_samples=3, device="cpu"
-    )
+    copy, path = table.copy(), tmp_path / ("f.zarr" if kind == "zarr" else "f.h5ad")
+    if kind == "csr":
+        copy.X = sparse.csr_matrix(copy.X)
+    if kind == "zarr":
+        copy.write_zarr(path)
+    else:
+        copy.write_h5ad(path, compression="gzip" if kind == "compressed" else None)
+    got = phenoseq.predict(path, model=network, sample="Sample_ID", n_samples=3, device="cpu")
     same(predicted, got)
-    (tmp_path / "f.h5ad").unlink()  # closed again
+    if kind == "dense":
+        opened = ad.read_h5ad(path, backed="r")
+        same(predicted, go(network, opened))
+
+
+def test_features_by_columns_are_refused(tmp_path, network, table):
+    copy = table.copy()
+    copy.X = sparse.csc_matrix(copy.X)
+    copy.write_h5ad(tmp_path / "f.h5ad")
+    with pytest.raises(DataError, match="stored as csc_matrix, of which rows cannot be read alone"):
+        phenoseq.predict(tmp_path / "f.h5ad", model=network, sample="Sample_ID")
 
 
 def test_a_file_is_never_read_whole(tmp_path, network, table, monkeypatch):
     table.write_h5ad(tmp_path / "f.h5ad")
-    monkeypatch.setattr(features, "_BLOCK", 4 * F * 7)
-    read = []
-    plain = features._dense
-    monkeypatch.setattr(features, "_dense", lambda b: read.append(len(b)) or plain(b))
-    with features.open_features(tmp_path / "f.h5ad") as (opened, _):
-        go(network, opened)
-    assert max(read) <= 7
+    monkeypatch.setattr(bagged, "_CHECKED", 4 * F * 7)
+    monkeypatch.setattr(bagged, "_HELD", 4 * F * 16)
+    read, take = [], backed.Matrix.take
+    monkeypatch.setattr(
+        backed.Matrix, "take", lambda self, rows: read.append(len(rows)) or take(self, rows)
+    )
+    go(network, Cells(tmp_path / "f.h5ad"), batch_size=1)
+    assert max(read) <= 16
 
 
 def test_written_and_opened(tmp_path, network, table, predicted):
@@ -220,7 +235,7 @@ def test_progress_counts_to_the_end(network, table):
 def test_a_sample_column_that_is_metadata(network, table):
     copy = table.copy()
     copy.obs["Metadata_Well"] = copy.obs["Sample_ID"]
-    got = predict_table(bag_job(network, copy, "Metadata_Well", n_samples=1, device="cpu"))
+    got = predict_table(bag_job(network, Cells(copy), "Metadata_Well", n_samples=1, device="cpu"))
     assert list(got.obs.columns).count("Metadata_Well") == 1
 
 
@@ -243,10 +258,10 @@ def test_bad_features(network, table):
         go(network, table[:, :19])
     with pytest.raises(DataError, match="zero cells"):
         go(network, table[:0])
-    with pytest.raises(DataError, match="has no X"):
+    with pytest.raises(DataError, match="no 'X'"):
         go(network, ad.AnnData(obs=table.obs))
     with pytest.raises(DataError, match=r"no column 'Sampel' in obs.*'Sample_ID'"):
-        predict_table(bag_job(network, table, "Sampel", device="cpu"))
+        predict_table(bag_job(network, Cells(table), "Sampel", device="cpu"))
     with pytest.raises(DataError, match="more than once"):
         go(network, changed(table, obs_names=["same"] * 2 + list(table.obs_names[2:])))
     with pytest.raises(DataError, match="n_samples is 0"):
@@ -287,7 +302,8 @@ def test_options_that_mean_nothing_are_refused(network, model, table, plate):
 
 def test_a_model_of_images_says_what_to_do_with_features(tmp_path, model, table):
     table.write_h5ad(tmp_path / "f.h5ad")
-    for source in (table, tmp_path / "f.h5ad"):
+    table.write_zarr(tmp_path / "f.zarr")
+    for source in (table, tmp_path / "f.h5ad", tmp_path / "f.zarr"):
         with pytest.raises(DataError, match=r"reads images.*choose a model of imaging features"):
             phenoseq.predict(source, model=model)
 

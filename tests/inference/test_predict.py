@@ -17,9 +17,10 @@ import phenoseq
 from phenoseq.data.simulate import CHANNELS, PIXEL_SIZE
 from phenoseq.data.source import Problem
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning
-from phenoseq.inference import predictor
 from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.predictor import image_job
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
+from phenoseq.inference.table import predict_table
 from phenoseq.models.counts import nb_quantile
 
 LAYERS = ("std", "q05", "q95", "draw")
@@ -31,7 +32,7 @@ def dense(matrix) -> np.ndarray:
 
 def go(model, source, *, batch_size=64, **options) -> ad.AnnData:
     inputs = open_inputs(source, model.config.image)
-    return predictor.run(model, inputs, device="cpu", batch_size=batch_size, **options)
+    return predict_table(image_job(model, inputs, device="cpu", batch_size=batch_size, **options))
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +242,8 @@ def test_the_callers_model_is_left_as_it_was(model, plate):
 def test_progress_counts_to_the_end(model, plate):
     seen = []
     inputs = open_inputs(plate.source, model.config.image)
-    predictor.run(
-        model, inputs, n_samples=1, batch_size=30, device="cpu",
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    job = image_job(model, inputs, n_samples=1, batch_size=30, device="cpu")
+    predict_table(job, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (80, 80)
     assert [d for d, _ in seen] == sorted({d for d, _ in seen})
 
@@ -256,6 +255,8 @@ def test_progress_counts_to_the_end(model, plate):
 def test_round_trip_and_scanpy(tmp_path, model_folder, store, suffix):
     path = tmp_path / f"prediction{suffix}"
     made = phenoseq.predict(store, model=model_folder, n_samples=2, out=path, device="cpu")
+    assert not isinstance(made.X, np.ndarray)  # it stays in the file
+    made = made.to_memory()
     read = ad.read_h5ad(path) if suffix == ".h5ad" else ad.read_zarr(path)
     np.testing.assert_array_equal(read.X, made.X)
     assert list(read.obs_names) == list(made.obs_names)
@@ -354,7 +355,7 @@ def test_no_steps_are_refused(model, plate, steps):
 def test_a_device_that_is_not_there(model, plate, device):
     inputs = open_inputs(plate.source, model.config.image)
     with pytest.raises(DataError, match=f"no device '{device}' here"):
-        predictor.run(model, inputs, device=device)
+        image_job(model, inputs, device=device)
 
 
 def test_an_unknown_model_is_refused_before_any_work(tmp_path, plate):

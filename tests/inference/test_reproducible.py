@@ -14,8 +14,9 @@ import pytest
 from scipy import sparse
 
 import phenoseq
-from phenoseq.inference import predictor
 from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.predictor import image_job
+from phenoseq.inference.table import predict_table
 
 CLOSE = 2e-5
 """Largest difference of expression, latent and scores, in units of about 1: float32's last bits."""
@@ -29,7 +30,7 @@ DRAWS = [f"draw_{k}" for k in range(4)]
 def go(model, source, *, n_samples=4, seed=11, rows=None, **options) -> ad.AnnData:
     inputs = open_inputs(source, model.config.image, rows=rows)
     options = {"n_samples": n_samples, "seed": seed, "keep_draws": True} | options
-    return predictor.run(model, inputs, device="cpu", **options)
+    return predict_table(image_job(model, inputs, device="cpu", **options))
 
 
 def dense(matrix) -> np.ndarray:
@@ -115,15 +116,15 @@ PART = """
 import sys
 import numpy as np
 from phenoseq import Store, load_model
-from phenoseq.inference import predictor
 from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.predictor import image_job
+from phenoseq.inference.table import predict_table
 
 store, model, part, out = sys.argv[1:]
 store, model = Store(store), load_model(model)
 inputs = open_inputs(store, model.config.image, rows=np.arange(int(part), len(store), 2))
-predictor.run(
-    model, inputs, n_samples=4, seed=11, keep_draws=True, batch_size=16, device="cpu"
-).write_h5ad(out)
+job = image_job(model, inputs, n_samples=4, seed=11, keep_draws=True, batch_size=16, device="cpu")
+predict_table(job).write_h5ad(out)
 """
 
 
