@@ -7,12 +7,13 @@ training cells, ``(n_cells, n_genes)``.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from phenoseq.evaluation.pairs import energy_distance, maximum_mean_discrepancy, subsample
 
 Matrix = NDArray[np.floating]
-
-#: Most cells over which distances between pairs are taken.
-PAIR_CELLS = 10_000
 
 
 def pcc_gene(true: Matrix, predicted: Matrix) -> NDArray[np.float64]:
@@ -46,35 +47,44 @@ def e_distance(true: Matrix, draw: Matrix, seed: int = 0) -> tuple[float, float]
     (Szekely and Rizzo 2013); one draw a cell. Over more than 10,000 cells, a seeded subsample of
     them. The standard error is that of the U-statistic over cells.
     """
-    rng = np.random.default_rng(seed)
-    x, y = (_subsample(m, rng) for m in (true, draw))
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        return float("nan"), float("nan")
-    xx, yy = _distance_sums(x, x) / (n - 1), _distance_sums(y, y) / (m - 1)
-    xy, yx = _distance_sums(x, y) / m, _distance_sums(y, x) / n
-    value = 2 * xy.mean() - xx.mean() - yy.mean()
-    error = 2 * np.sqrt((xy - xx).var(ddof=1) / n + (yx - yy).var(ddof=1) / m)
-    return float(value), float(error)
+    return energy_distance(pair_cells(true, seed), pair_cells(draw, seed))
 
 
-def _subsample(matrix: Matrix, rng: np.random.Generator) -> Matrix:
-    if len(matrix) <= PAIR_CELLS:
-        return matrix.astype(np.float32)
-    rows = np.sort(rng.choice(len(matrix), PAIR_CELLS, replace=False))
-    return matrix[rows].astype(np.float32)
+def mmd_rbf(true: Matrix, draw: Matrix, seed: int = 0) -> tuple[float, float]:
+    """Return the squared, unbiased maximum mean discrepancy, and its standard error.
+
+    Gaussian kernels of five bandwidths about the median distance; cells as for
+    :func:`e_distance`. See :func:`~phenoseq.evaluation.pairs.maximum_mean_discrepancy`.
+    """
+    return maximum_mean_discrepancy(pair_cells(true, seed), pair_cells(draw, seed))
 
 
-def _distance_sums(a: Matrix, b: Matrix, block: int = 1024) -> NDArray[np.float64]:
-    """For each row of ``a`` the sum of its Euclidean distances to the rows of ``b``."""
-    same = a is b
-    squares = (b**2).sum(axis=1)
-    out = np.empty(len(a))
-    for start in range(0, len(a), block):
-        some = a[start : start + block]
-        square = (some**2).sum(axis=1)[:, None] + squares - 2 * some @ b.T
-        distance = np.sqrt(np.maximum(square, 0))
-        if same:
-            distance[np.arange(len(some)), np.arange(start, start + len(some))] = 0
-        out[start : start + block] = distance.sum(axis=1, dtype=np.float64)
-    return out
+def coexpression(profiles: Matrix) -> NDArray[np.float64]:
+    """Return the Pearson correlations between genes, ``(g, g)``, 0 where one is constant."""
+    away = profiles - profiles.mean(axis=0, dtype=np.float64)
+    return correlations(away.T @ away / len(away), (profiles**2).mean(axis=0, dtype=np.float64))
+
+
+def correlations(
+    covariance: NDArray[np.float64], square: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Turn covariances ``(..., g, g)`` to correlations, 0 for genes that are constant.
+
+    ``square`` is the mean of the squares of each gene, ``(..., g)``, which tells rounding from
+    variance.
+    """
+    variance = np.diagonal(covariance, axis1=-2, axis2=-1)
+    varies = variance > 1e-12 * square
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
+    return covariance * scale[..., None] * scale[..., None, :]
+
+
+def coexpression_error(true: Matrix, draw: Matrix) -> float:
+    """Return the mean absolute difference of the gene-gene correlations, upper triangle."""
+    upper = np.triu_indices(true.shape[1], 1)
+    return float(np.abs(coexpression(true) - coexpression(draw))[upper].mean())
+
+
+def pair_cells(matrix: Matrix, seed: int = 0) -> Tensor:
+    """Return the cells over which distances between pairs are taken, float32 ``(n, g)``."""
+    return torch.from_numpy(matrix[subsample(len(matrix), seed).numpy()].astype(np.float32))
