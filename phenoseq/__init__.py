@@ -12,17 +12,18 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import evaluate, predict
+    from phenoseq.api import predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.scoring import evaluate
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
     "decode": "phenoseq.inference.decode",
-    "evaluate": "phenoseq.api",
+    "evaluate": "phenoseq.scoring",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",

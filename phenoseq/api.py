@@ -1,34 +1,20 @@
-"""The calls that most people need: predict, and score what was predicted."""
+"""The call that most people need: predict."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from phenoseq._version import __version__
 from phenoseq.data.backed import Cells, is_anndata
-from phenoseq.data.datamodule import split_of
 from phenoseq.data.readers import open_source
 from phenoseq.data.source import Source
-from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError, ModelError
-from phenoseq.evaluation.report import (
-    MIN_COUNTS,
-    Scores,
-    as_json,
-    markdown,
-    normalised,
-    score_all,
-    scored_genes,
-)
 from phenoseq.inference.bagged import bag_job, describe_features
 from phenoseq.inference.eightbit import EightBit
 from phenoseq.inference.extract import check_source, image_features
@@ -38,10 +24,8 @@ from phenoseq.inference.table import Job, predict_file, predict_table
 from phenoseq.inference.writer import check_out, open_table
 from phenoseq.models.features import FeatureExtractor, load_extractor
 from phenoseq.models.load import Model
-from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
 from phenoseq.progress import bar
-from phenoseq.training.baselines import fit_baselines
 from phenoseq.zoo.registry import load_model
 
 
@@ -277,93 +261,3 @@ def _is_table(source: Any) -> bool:
 
 def _called(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
-
-
-def evaluate(
-    model: str | Path | Model,
-    store: str | Path,
-    *,
-    part: str = "test",
-    n_samples: int = 16,
-    steps: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    out: str | Path | None = None,
-) -> list[Scores]:
-    """Score a model and the baselines on a part of a store, by the split it was trained with.
-
-    Parameters
-    ----------
-    model
-        A name of the zoo, a folder, or a loaded model.
-    store
-        The store; where it is of the model's training data, the split must come out the same.
-    part
-        ``"test"``, ``"cal"``, ``"val"``, or a declared ``"test_NAME"``.
-    n_samples, steps, seed, device
-        As for :func:`phenoseq.predict`.
-    out
-        Folder for ``metrics.json``, ``metrics.md`` and ``genes.csv``.
-
-    Returns
-    -------
-    Scores, the model's first.
-
-    Raises
-    ------
-    DataError, ModelError
-        Where the store has other genes, or its split differs from the one trained with.
-    """
-    name = Path(model).name if isinstance(model, str | Path) else "this model"
-    loaded = load_model(model) if isinstance(model, str | Path) else model
-    if not isinstance(loaded, PhenoSeq):
-        raise ModelError(
-            f"{name}: predicts embeddings of samples, and a store has genes of cells; only models "
-            "of genes can be scored on one"
-        )
-    opened = Store(store)
-    table = opened.table()
-    config = loaded.config
-    if tuple(table.var_names) != config.expression.genes:
-        raise DataError(f"{store}: its genes are not those of {name}, in the same order")
-    split = split_of(opened, SplitConfig(**config.training.split))  # type: ignore[arg-type]
-    same = opened.manifest.identity == config.training.identity
-    if same and split.digest != config.training.split_digest:
-        raise DataError(
-            f"{store}: divides its cells otherwise than {name} was trained with, so that its "
-            "training cells would be scored; prepare the store with the same options"
-        )
-    median = config.expression.median_library
-    train, rows = split.rows("train"), split.rows(part)
-    rows = rows[table.obs["total_counts"].to_numpy()[rows] >= MIN_COUNTS]
-    fitted = fit_baselines(opened, table, train, rows, median=median, seed=seed)
-    inputs = open_inputs(opened, config.image, rows=rows)
-    job = image_job(loaded, inputs, n_samples=n_samples, steps=steps, seed=seed, device=device)
-    with bar(f"predicting the {part} part") as progress:
-        predicted = predict_table(job, progress)
-    truth = normalised(table.X[rows], median)
-    genes = scored_genes(table.X[train])
-    scores, each = score_all(truth, {name: predicted, **fitted}, genes)
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "model": name,
-            "data": opened.manifest.source,
-            "data_identity": opened.manifest.identity,
-            "split_digest": split.digest,
-            "trained_on_this_data": same,
-            "part": part,
-            "n_cells": len(rows),
-            "n_groups": len(np.unique(split.group[rows])),
-            "n_genes": int(genes.sum()),
-            "n_samples": n_samples,
-            "steps": config.diffusion.steps if steps is None else steps,
-            "seed": seed,
-            "phenoseq_version": __version__,
-        }
-        (folder / "metrics.json").write_text(json.dumps(as_json(scores, facts), indent=1) + "\n")
-        (folder / "metrics.md").write_text(markdown(scores) + "\n")
-        symbols = {"symbol": table.var["symbol"].to_numpy()}
-        pd.DataFrame({**symbols, **each}, index=table.var_names).to_csv(folder / "genes.csv")
-    return scores

@@ -7,7 +7,6 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-
 from scipy import stats
 
 from phenoseq.errors import DataError
@@ -48,7 +47,7 @@ def read_gene_sets(path: str | Path) -> pd.DataFrame:
     return table.drop_duplicates(["source", "target"], ignore_index=True)
 
 
-def score_gene_sets(changes: ad.AnnData, sets: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def score_gene_sets(changes: ad.AnnData, sets: pd.DataFrame, name: str | Path) -> None:
     """Score each set on each treatment's t statistics, by a univariate linear model.
 
     The score is the t of the slope of the genes' statistics on their weights in the set, zero
@@ -62,10 +61,9 @@ def score_gene_sets(changes: ad.AnnData, sets: pd.DataFrame) -> tuple[pd.DataFra
         Of :func:`~phenoseq.evaluation.screen.screen`.
     sets
         From :func:`read_gene_sets`.
-
-    Returns
-    -------
-    Scores and q values (Benjamini-Hochberg, over all), treatments by sets.
+    name
+        Their file; its stem S names what is added to ``changes``: ``obsm["S"]``, the scores,
+        treatments by sets, and ``obsm["S_q"]``, their q values (Benjamini-Hochberg, over all).
 
     Raises
     ------
@@ -75,7 +73,7 @@ def score_gene_sets(changes: ad.AnnData, sets: pd.DataFrame) -> tuple[pd.DataFra
     try:
         import decoupler
     except ImportError as error:
-        raise DataError("gene sets need decoupler: pip install 'phenoseq[screen]'") from error
+        raise DataError("gene sets need decoupler: pip install 'phenoseq[evaluation]'") from error
     symbols = changes.var.get("symbol", pd.Series(changes.var_names, index=changes.var_names))
     t = pd.DataFrame(
         np.asarray(changes.layers["t"]), index=changes.obs_names, columns=symbols.astype(str)
@@ -92,4 +90,5 @@ def score_gene_sets(changes: ad.AnnData, sets: pd.DataFrame) -> tuple[pd.DataFra
     score, _ = decoupler.mt.ulm(data=t, net=known, tmin=MIN_GENES, verbose=False)
     p = 2 * stats.t.sf(np.abs(score.to_numpy()), t.shape[1] - 2)
     q = stats.false_discovery_control(p.ravel()).reshape(p.shape)
-    return score, pd.DataFrame(q, index=score.index, columns=score.columns)
+    changes.obsm[Path(name).stem] = score
+    changes.obsm[f"{Path(name).stem}_q"] = pd.DataFrame(q, score.index, score.columns)

@@ -114,7 +114,7 @@ class Moments:
         return np.nanmedian(ratio, axis=1)
 
     def _moments(self, weights: Array) -> tuple[Array, ...]:
-        """Return variances and covariances, ``(B, g)`` each; variances within rounding of zero are zero."""
+        """Return variances, zero where they are within rounding of it, and covariances."""
         n = (weights @ self._n)[:, None]
         t, p, tt, pp, tp = (weights @ sums / n for sums in self._sums)
         noise = 1e-12

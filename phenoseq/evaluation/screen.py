@@ -13,6 +13,7 @@ from scipy import stats
 
 from phenoseq.data.backed import Given
 from phenoseq.errors import DataError
+from phenoseq.evaluation.treatments import map_replicate
 from phenoseq.evaluation.wells import PLATE, Normalisation, normalise_plates, well_profiles
 
 Float = NDArray[np.float64]
@@ -41,13 +42,15 @@ class Screen:
     wells: ad.AnnData
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``changes.h5ad``, ``wells.h5ad``, ``ranking.csv`` and ``genes.csv``."""
+        """Write ``changes.h5ad``, ``wells.h5ad``, ``ranking.csv`` and ``genes.csv``, and gene sets."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.changes.write_h5ad(folder / "changes.h5ad")
         self.wells.write_h5ad(folder / "wells.h5ad")
         self.ranking.to_csv(folder / "ranking.csv")
         self.genes().to_csv(folder / "genes.csv", index=False)
+        for name, scores in self.changes.obsm.items():
+            scores.to_csv(folder / f"{name}.csv")
         return folder
 
     def genes(self) -> pd.DataFrame:
@@ -74,6 +77,7 @@ def screen(
     max_ood: float = 2.0,
     q_limit: float = 0.05,
     permutations: int = 2000,
+    replicates: bool = False,
     seed: int = 0,
 ) -> Screen:
     """Rank the treatments of a screen by what they change in predicted expression.
@@ -102,6 +106,9 @@ def screen(
         False discovery rate of the genes counted in the ranking.
     permutations, seed
         Exchanges of labels, and the seed they are drawn by.
+    replicates
+        Whether to add ``map`` and its ``map_q``: how well wells of a treatment find each other among
+        the controls (:func:`~phenoseq.evaluation.treatments.map_replicate`; needs copairs).
 
     Raises
     ------
@@ -144,6 +151,11 @@ def screen(
         },
         index=pd.Index(fit.names, name="treatment"),
     )
+    if replicates:
+        centred = _centred(used, treatment, control)
+        found = map_replicate(centred, used.obs, treatment, control=control, seed=seed)
+        obs["map"] = found["map"].reindex(fit.names).to_numpy()
+        obs["map_q"] = found["corrected_p_value"].reindex(fit.names).to_numpy()
     layers = {"lower": fit.change - half, "upper": fit.change + half}
     layers |= {"t": fit.t, "p": p_gene, "q": q_gene}
     changes = ad.AnnData(fit.change, obs=obs, var=wells.var.copy(), layers=layers)
@@ -161,6 +173,15 @@ def screen(
     }
     ranking = obs.sort_values(["p", "activity"], ascending=[True, False])
     return Screen(changes, ranking, wells)
+
+
+def _centred(wells: ad.AnnData, treatment: str, control: str) -> Float:
+    """Return the profiles with the mean of each plate's controls subtracted."""
+    values = np.array(wells.X, dtype=np.float64)
+    label, plate = wells.obs[treatment].to_numpy(), wells.obs[PLATE].to_numpy()
+    for one in np.unique(plate):
+        values[plate == one] -= values[(plate == one) & (label == control)].mean(axis=0)
+    return values
 
 
 class _Fit:

@@ -185,10 +185,11 @@ def open_baselines(given: Given, truth: Truth) -> list[Prediction]:
     rows = _aligned(cells, _element(given, "var"), truth)
     layers = _layers(given)
     out = []
-    for key, label in _facts(given)["baselines"].items():
+    facts = _facts(given)
+    for key, label in zip(facts["baselines"], facts["baseline_names"], strict=True):
         kept = sum(layer.startswith(f"{key}_draw_") for layer in layers)
         draws = tuple(cells.matrix(f"layers/{key}_draw_{k}") for k in range(kept))
-        out.append(Prediction(label, cells.matrix(f"layers/{key}"), draws, rows, truth.genes))
+        out.append(Prediction(str(label), cells.matrix(f"layers/{key}"), draws, rows, truth.genes))
     return out
 
 

@@ -85,7 +85,9 @@ def main() -> None:
                 )  # fmt: skip
                 peak, seconds = done.stdout.split()[-2:]
                 found.append(int(peak) / 1e6)
-                print(f"| {n:,} | {suffix} | {found[-1]:.3f} GB | {float(seconds):.0f} |", flush=True)
+                print(
+                    f"| {n:,} | {suffix} | {found[-1]:.3f} GB | {float(seconds):.0f} |", flush=True
+                )
             features.unlink()
         for suffix, (small, large) in peaks.items():
             print(f"| ratio (at most 1.1) | {suffix} | {large / small:.3f} | |")

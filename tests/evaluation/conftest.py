@@ -57,6 +57,9 @@ def cells() -> dict[str, ad.AnnData]:
     layers |= {f"random_draw_{k}": sparse.csr_matrix(one) for k, one in enumerate(others)}
     baselines = ad.AnnData(obs=obs[[]], var=var, layers=layers)
     baselines.var["scored"] = [True] * (G - 1) + [False]
-    labels = {"mean": "training mean", "random": "random training cells"}
-    baselines.uns["phenoseq"] = {"baselines": labels, "median_library": MEDIAN}
+    baselines.uns["phenoseq"] = {
+        "baselines": ["mean", "random"],
+        "baseline_names": ["training mean", "random training cells"],
+        "median_library": MEDIAN,
+    }
     return {"truth": truth, "model": model, "baselines": baselines}
