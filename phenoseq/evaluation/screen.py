@@ -33,8 +33,8 @@ class Screen:
         Treatments, the most active first: ``activity``, ``p``, ``q``, ``n_wells``, ``n_cells``,
         ``n_genes`` (those with q below the limit), ``top_genes``.
     wells
-        The wells by genes, normalised; ``obs["set_apart"]`` marks those whose images lie too far from
-        the training images to be believed, which count nowhere else.
+        The wells by genes, normalised; ``obs["set_apart"]`` marks those whose images lie too far
+        from the training images to be believed, which count nowhere else.
     """
 
     changes: ad.AnnData
@@ -42,7 +42,7 @@ class Screen:
     wells: ad.AnnData
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``changes.h5ad``, ``wells.h5ad``, ``ranking.csv`` and ``genes.csv``, and gene sets."""
+        """Write ``changes.h5ad``, ``wells.h5ad``, and CSV of ranking, genes and gene sets."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.changes.write_h5ad(folder / "changes.h5ad")
@@ -89,7 +89,8 @@ def screen(
 
     ``activity`` is the mean over genes of the squared t, over what it is when the labels of the
     treatment's and the control's wells are exchanged at random within plates: 1 for nothing. Its
-    ``p`` is the share of exchanges that give as much (Phipson and Smyth 2010), ``q`` over treatments.
+    ``p`` is the share of exchanges that give as much (Phipson and Smyth 2010), ``q`` is over
+    treatments.
 
     Parameters
     ----------
@@ -107,8 +108,8 @@ def screen(
     permutations, seed
         Exchanges of labels, and the seed they are drawn by.
     replicates
-        Whether to add ``map`` and its ``map_q``: how well wells of a treatment find each other among
-        the controls (:func:`~phenoseq.evaluation.treatments.map_replicate`; needs copairs).
+        Whether to add ``map`` and its ``map_q``: how well wells of a treatment find each other
+        among the controls (:func:`~phenoseq.evaluation.treatments.map_replicate`; needs copairs).
 
     Raises
     ------

@@ -114,8 +114,8 @@ def normalise_plates(
         known = values[here & is_control]
         if len(known) < 3:
             raise DataError(
-                f"plate {plate}: {len(known)} wells of {control!r}; to {how} a plate takes three or "
-                "more (or choose the normalisation 'none')"
+                f"plate {plate}: {len(known)} wells of {control!r}; to {how} a plate takes three "
+                "or more (or choose the normalisation 'none')"
             )
         centred = values[here] - known.mean(axis=0)
         spread = known - known.mean(axis=0)
