@@ -19,7 +19,7 @@ GENES = 60
 
 
 def plates(effects, seed, *, wells=2, controls=12, n_plates=2, cells=15, noise=0.3):
-    """Cells of a screen: five programs of genes, well and plate effects, treatments that move them."""
+    """Cells of a screen: five programs of genes, effects of well and plate, treatments."""
     rng = np.random.default_rng(seed)
     programs = np.random.default_rng(99).standard_normal((5, GENES))
     values, obs = [], []
