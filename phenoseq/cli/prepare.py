@@ -52,7 +52,7 @@ def add_prepare(commands: Commands) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from phenoseq.data.store import write_store
+    from phenoseq.data.storewriter import write_store
     from phenoseq.progress import bar
 
     if options.pair_by == "sample":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
-from phenoseq.data.dataset import Batch, CellStream, StreamLoader
+from phenoseq.data.dataset import BatchLoader, CellStream, StreamLoader
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import Store
 
@@ -78,7 +76,7 @@ class StoreDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         """Return shuffled training batches; each pass is the next epoch."""
         stream = self._stream(self.parts.rows("train"), shuffle=True)
-        self._training = StreamLoader(stream, **self._reading)
+        self._training = StreamLoader(stream, self.num_workers)
         if self._restored:
             self._training.load_state_dict(self._restored)
         return self._training
@@ -95,20 +93,10 @@ class StoreDataModule(L.LightningDataModule):
         """
         self._restored = state_dict
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> BatchLoader:
         """Return validation batches, always the same cells in the same order."""
-        return DataLoader(
-            self._stream(self.some("val", self.max_val), shuffle=False), **self._reading
-        )
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        spawn = "spawn" if self.num_workers else None
-        return {
-            "batch_size": None,
-            "num_workers": self.num_workers,
-            "multiprocessing_context": spawn,
-        }
+        stream = self._stream(self.some("val", self.max_val), shuffle=False)
+        return BatchLoader(stream, self.num_workers)
 
     def _stream(self, rows: NDArray[np.int64], *, shuffle: bool) -> CellStream:
         return CellStream(

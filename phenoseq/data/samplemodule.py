@@ -9,10 +9,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from phenoseq.data.bagstream import BagStream
-from phenoseq.data.dataset import Batch, StreamLoader
+from phenoseq.data.dataset import BatchLoader, StreamLoader
 from phenoseq.data.samplestore import SampleStore
 from phenoseq.data.splits import Split, SplitConfig
 
@@ -96,20 +95,12 @@ class SampleDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Return shuffled training batches; each pass is the next epoch."""
-        return StreamLoader(self._stream("train", shuffle=True, most=None), **self._reading)
+        return StreamLoader(self._stream("train", shuffle=True, most=None), self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> BatchLoader:
         """Return validation batches, always the same bags in the same order."""
         most = max(self.max_val // len(self.parts.rows("val")), self.n_rna)
-        return DataLoader(self._stream("val", shuffle=False, most=most), **self._reading)
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        return {
-            "batch_size": None,
-            "num_workers": self.num_workers,
-            "multiprocessing_context": "spawn" if self.num_workers else None,
-        }
+        return BatchLoader(self._stream("val", shuffle=False, most=most), self.num_workers)
 
     def _stream(self, part: str, *, shuffle: bool, most: int | None) -> BagStream:
         return BagStream(

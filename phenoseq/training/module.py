@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phenoseq._version import __version__
 from phenoseq.data.datamodule import StoreDataModule
-from phenoseq.data.dataset import Batch
+from phenoseq.data.handover import Batch
 from phenoseq.models.config import (
     DiffusionConfig,
     ImageConfig,

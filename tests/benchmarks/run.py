@@ -36,6 +36,7 @@ def main() -> None:
         command = ["-m", "phenoseq.cli", "prepare", str(SECTION), store]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         bench("Streaming a store", str(HERE / "streaming.py"), store)
+        bench("Codec, chunk and shard of a store", str(HERE / "layout.py"), store)
         bench("decode: how many neighbours", str(HERE / "neighbours.py"), store)
         bench("Steps: quality against cost", str(HERE / "steps.py"), store)
         bench("Decoder size: quality against cost", str(HERE / "decoder.py"), store)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import sparse
 
+from phenoseq.data import arrays as arrays_module
 from phenoseq.data import bagstream as bagstream_module
 from phenoseq.data import dataset as dataset_module
-from phenoseq.data import store as store_module
 from phenoseq.data.backed import Cells
 from phenoseq.data.bagstream import BagStream
 from phenoseq.data.samplemodule import SampleDataModule
@@ -27,8 +27,8 @@ BY_REPLICATE = SplitConfig(
 
 def make(path, features, rna, config=None):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "CHUNK", 4)
-        patch.setattr(store_module, "SHARD", 32)
+        patch.setattr(arrays_module, "CHUNK", 4)
+        patch.setattr(arrays_module, "SHARD", 32)
         options = {"columns": ["Treatment", "Replicate"], "config": config or RnaConfig()}
         return write_sample_store(Cells(features), Cells(rna), path, **options)[0]
 
@@ -172,7 +172,7 @@ def test_embeddings_and_crops(tmp_path, ramp_source, rna):
     )
     batch = next(iter(BagStream(store.path, np.array([0]), n_images=3, batch_size=4, shuffle=True)))
     assert batch["images"].shape == (4, 3, 2, 8, 8)
-    assert batch["images"].dtype == torch.int32  # torch has no arithmetic on uint16
+    assert batch["images"].dtype == torch.uint16
     np.testing.assert_array_equal(
         batch["images"][0], store.images.take(batch["image_rows"][0].numpy())
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from phenoseq.data.simulate import PIXEL_SIZE, simulate_plate
-from phenoseq.data.store import Store, write_store
+from phenoseq.data.store import Store
+from phenoseq.data.storewriter import write_store
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import tifffile
 
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import open_source, read_cellprofiler
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError, PhenoseqWarning
 
 CANONICAL = ("RNA", "DNA", "Brightfield", "Mito", "ER", "AGP")
