@@ -23,7 +23,8 @@ from scipy import sparse
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.dataset import EpochStream
 from phenoseq.data.handover import Batch
-from phenoseq.data.store import Store, whole_or_nothing
+from phenoseq.data.store import Store
+from phenoseq.data.storewriter import whole_or_nothing
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training.augment import turn
 
@@ -99,7 +100,7 @@ def cache_tokens(
     rows = np.sort(rows)
     path = folder / _key(model, store, rows, views)
     if not path.exists():
-        with whole_or_nothing(path) as partial:
+        with whole_or_nothing(path, overwrite=False) as partial:
             partial.mkdir(parents=True)
             _write_counts(store, rows, partial)
             _write_tokens(model, store, rows, views, partial, progress)

@@ -20,7 +20,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from phenoseq.data.datamodule import StoreDataModule
-from phenoseq.data.dataset import Batch
+from phenoseq.data.handover import Batch
 from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError, ModelError
