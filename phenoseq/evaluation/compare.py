@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from phenoseq.evaluation.grouped import bootstrap, resamples
+from phenoseq.evaluation.grouped import Array, interval, resamples
 from phenoseq.evaluation.report import Scores
 from phenoseq.evaluation.scoring import Result, score
 from phenoseq.evaluation.tables import Prediction, Truth
@@ -48,6 +48,7 @@ def compare(
     """
     n, weights = len(truth), resamples(len(truth.groups), n_resamples, seed)
     scores, results = [], []
+    first: dict[str, Array] = {}
     for k, prediction in enumerate(predictions):
 
         def told(done: int, total: int, k: int = k) -> None:
@@ -56,16 +57,17 @@ def compare(
 
         result = score(truth, prediction, seed=seed, progress=told)
         results.append(result)
-        names = [name for name in INTERVALS if name in result.statistics]
-        intervals, differences = {}, {}
+        drawn: dict[str, Array] = {}
         if len(truth.groups) > 1:
-            first = results[0].statistics
-            intervals = {s: bootstrap(result.statistics[s], weights) for s in names}
-            differences = {
-                s: bootstrap(first[s], weights, result.statistics[s])
-                for s in names
-                if k and s in first
-            }
+            some = result.statistics
+            drawn = {name: some[name](weights) for name in INTERVALS if name in some}
+        first = drawn if k == 0 else first
+        intervals = {name: interval(values) for name, values in drawn.items()}
+        differences = {
+            name: interval(first[name] - values)
+            for name, values in drawn.items()
+            if k and name in first
+        }
         scores.append(
             Scores(
                 name=result.name,

@@ -34,27 +34,20 @@ def value_of(statistic: Statistic, n_groups: int) -> float:
     return float(statistic(np.ones((1, n_groups)))[0])
 
 
-def bootstrap(
-    statistic: Statistic, weights: Array, other: Statistic | None = None, level: float = 0.95
-) -> tuple[float, float]:
-    """Return the percentile interval of a statistic, or of it less another one.
+def interval(values: Array, level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of a statistic, or of a difference of two.
 
     Parameters
     ----------
-    statistic, other
-        Of the same groups.
-    weights
-        From :func:`resamples`.
+    values
+        Of the resamples, ``(B,)``.
     level
         Of the interval.
 
     Returns
     -------
-    The ends of the interval, NaN where no resample has a value.
+    Its ends, NaN where no resample has a value.
     """
-    values = statistic(weights)
-    if other is not None:
-        values = values - other(weights)
     if np.isnan(values).all():
         return float("nan"), float("nan")
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])

@@ -170,12 +170,15 @@ def test_the_noise_that_made_counts_is_found():
     total = np.exp(log_library + 0.3 * rng.normal(size=n))
     mu = share * total[:, None]
     counts = rng.poisson(rng.gamma(theta, mu / theta)) + (np.arange(80) == 0)
-    mean = np.log1p(share * 100).astype(np.float32)
+    bias = rng.uniform(0.5, 2, 80)  # as of the mean of a logarithm
+    mean = np.log1p(bias * share * 100).astype(np.float32)
     noise = fit_noise(sparse.csr_matrix(counts), mean, log_library.astype(np.float32))
     found = np.median(noise.theta.reshape(20, 4), axis=0)
     np.testing.assert_allclose(found, theta[:4], rtol=0.3)
     assert noise.library_std == pytest.approx(0.3, abs=0.05)
-    np.testing.assert_allclose(noise.rates(mean).sum(axis=1), 1)
+    found = noise.rates(mean)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    np.testing.assert_allclose(found.mean(axis=0)[1:], share.mean(axis=0)[1:], rtol=0.06)
 
 
 def test_draws_are_negative_binomial():
