@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from phenoseq.data.simulate import PIXEL_SIZE, simulate_plate
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("store", help="store to write")

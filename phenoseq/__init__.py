@@ -12,21 +12,26 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import evaluate, finetune, predict
+    from phenoseq.api import finetune, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
+    from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.scoring import evaluate
+    from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
     "decode": "phenoseq.inference.decode",
-    "evaluate": "phenoseq.api",
+    "embed": "phenoseq.inference.extract",
+    "evaluate": "phenoseq.scoring",
     "finetune": "phenoseq.api",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",
+    "push_to_hub": "phenoseq.zoo.push",
 }
 
 __all__ = [
@@ -37,11 +42,13 @@ __all__ = [
     "Store",
     "__version__",
     "decode",
+    "embed",
     "evaluate",
     "finetune",
     "list_models",
     "load_model",
     "predict",
+    "push_to_hub",
 ]
 
 

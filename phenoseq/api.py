@@ -1,47 +1,35 @@
-"""The calls that most people need: predict, score what was predicted, and fine-tune."""
+"""The calls that most people need: predict and fine-tune."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from phenoseq._version import __version__
 from phenoseq.data.backed import Cells, is_anndata
-from phenoseq.data.datamodule import split_of
 from phenoseq.data.readers import open_source
 from phenoseq.data.source import Source
 from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError, ModelError
-from phenoseq.evaluation.report import (
-    MIN_COUNTS,
-    Scores,
-    as_json,
-    markdown,
-    normalised,
-    score_all,
-    scored_genes,
-)
-from phenoseq.inference.bagged import bag_job, describe_features
+from phenoseq.inference.bagged import bag_job, describe_features, reads
 from phenoseq.inference.eightbit import EightBit
-from phenoseq.inference.extract import check_source, image_features
-from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.extract import check_source, feature_job
+from phenoseq.inference.inputs import Inputs, open_inputs
 from phenoseq.inference.predictor import image_job
-from phenoseq.inference.table import Job, predict_file, predict_table
-from phenoseq.inference.writer import check_out, open_table
-from phenoseq.models.features import FeatureExtractor, load_extractor
+from phenoseq.inference.samples import sample_job
+from phenoseq.inference.table import make_table
+from phenoseq.inference.writer import check_out
+from phenoseq.models.config import ImageConfig
+from phenoseq.models.features import Extractor, load_extractor
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
-from phenoseq.progress import bar
-from phenoseq.training.baselines import fit_baselines
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.zoo.registry import load_model
 
 if TYPE_CHECKING:
@@ -65,7 +53,7 @@ def predict(
     sample: str | None = None,
     published_steps: bool = False,
     eight_bit: EightBit | None = None,
-    extractor: str | Path | FeatureExtractor | None = None,
+    extractor: str | Path | Extractor | None = None,
 ) -> ad.AnnData:
     """Predict the gene expression of every cell of some images, or embeddings of samples.
 
@@ -117,8 +105,8 @@ def predict(
         :meth:`phenoseq.models.published.PublishedPhenoSeq.generate`.
     eight_bit, extractor
         For a model of features and a source of images: how pixels become 8 bits, see
-        :func:`phenoseq.inference.extract.image_features`; and the network that makes the features,
-        or the file of its weights, by default where torchvision keeps them.
+        :func:`phenoseq.embed`; and the network that makes the features, or the file of its
+        weights, by default where torchvision keeps them.
 
     Returns
     -------
@@ -155,11 +143,16 @@ def predict(
     path = check_out(out) if out is not None else None
     name = str(model) if isinstance(model, str | Path) else ""
     loaded = load_model(model) if isinstance(model, str | Path) else model
+    how: dict[str, Any] = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device}
+    how["name"] = name
     if isinstance(loaded, PublishedPhenoSeq):
-        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
-        how = {"n_samples": n_samples, "steps": steps, "seed": seed, "device": device, "name": name}
         how["published_steps"] = published_steps
-        if _is_table(source):
+    else:
+        _refuse({"published_steps": published_steps or None}, "this network")
+        how["keep_draws"] = keep_draws
+    if not isinstance(loaded, PhenoSeq) and not _of_crops(loaded):
+        _refuse({"channels": channels, "cells": cells}, "a model of imaging features")
+        if is_table(source):
             given = {"pixel_size": pixel_size, "format": format, "eight_bit": eight_bit}
             _refuse(given | {"extractor": extractor}, "a table of features")
         else:
@@ -174,9 +167,9 @@ def predict(
                 device=device,
             )
         return _predict_bags(source, loaded, sample, path, **how)
-    given = {"sample": sample, "published_steps": published_steps or None}
-    _refuse(given | {"eight_bit": eight_bit, "extractor": extractor}, "a model of images")
-    if _is_table(source):
+    of_cells = {"sample": sample} if isinstance(loaded, PhenoSeq) else {}
+    _refuse({**of_cells, "eight_bit": eight_bit, "extractor": extractor}, "a model of images")
+    if is_table(source):
         raise DataError(
             f"{_called(source)}: a table of features, but {name or 'this model'} reads images: "
             "give their folder, store or crops, or choose a model of imaging features "
@@ -184,62 +177,74 @@ def predict(
         )
     inputs = open_inputs(
         source,
-        loaded.config.image,
+        _image_of(loaded),
         channels=channels,
         pixel_size=pixel_size,
         format=format,
         cells=cells,
     )
-    job = image_job(
-        loaded,
-        inputs,
-        n_samples=n_samples,
-        steps=steps,
-        seed=seed,
-        device=device,
-        keep_draws=keep_draws,
-        name=name,
-    )
-    return _do(job, path)
+    if isinstance(loaded, PhenoSeq):
+        return make_table(image_job(loaded, inputs, **how), path, "predicting")
+    assert isinstance(loaded, SamplePhenoSeq)
+    job = sample_job(loaded, inputs, _named(sample, inputs), **how)
+    return make_table(job, path, "predicting")
 
 
-def _do(job: Job, path: Path | None) -> ad.AnnData:
-    with bar("predicting") as progress:
-        if path is None:
-            return predict_table(job, progress)
-        predict_file(job, path, progress)
-    return open_table(path)
+def _of_crops(model: Model) -> bool:
+    """Tell whether a model of samples reads crops."""
+    return isinstance(model, SamplePhenoSeq) and isinstance(model.config.cells, ImageConfig)
+
+
+def _image_of(model: Model) -> ImageConfig:
+    image = model.config.image if isinstance(model, PhenoSeq) else model.config.cells  # type: ignore[union-attr]
+    assert isinstance(image, ImageConfig)
+    return image
+
+
+def _named(sample: str | None, cells: Cells | Inputs) -> str:
+    if sample is None:
+        raise DataError(
+            f"{cells.name}: say which sample each cell is of: sample= (--sample) names a column "
+            f"of obs, one of {[str(column) for column in cells.obs.columns][:20]}"
+        )
+    return sample
 
 
 def _predict_bags(
-    source: Any, model: PublishedPhenoSeq, sample: str | None, path: Path | None, **how: Any
+    source: Any,
+    model: PublishedPhenoSeq | SamplePhenoSeq,
+    sample: str | None,
+    path: Path | None,
+    **how: Any,
 ) -> ad.AnnData:
     features = Cells(source)
-    if sample is None:
-        raise DataError(
-            f"{features.name}: say which sample each cell is of: sample= (--sample) names a column "
-            f"of obs, one of {[str(column) for column in features.obs.columns][:20]}"
-        )
-    return _do(bag_job(model, features, sample, **how), path)
+    named = _named(sample, features)
+    if isinstance(model, PublishedPhenoSeq):
+        job = bag_job(model, features, named, **how)
+    else:
+        job = sample_job(model, features, named, **how)
+    del features  # with the names of all cells, before the work
+    return make_table(job, path, "predicting")
 
 
 def _features_of(
     source: Any,
-    model: PublishedPhenoSeq,
+    model: PublishedPhenoSeq | SamplePhenoSeq,
     sample: str | None,
     *,
     pixel_size: float | None,
     format: str | None,
     eight_bit: EightBit | None,
-    extractor: str | Path | FeatureExtractor | None,
+    extractor: str | Path | Extractor | None,
     device: str,
 ) -> ad.AnnData:
     """Make the features that a model reads from images and positions of cells."""
+    wanted = reads(model)
     if not isinstance(source, str | Path | Source) or is_store(str(source)):
         raise DataError(
             f"{_called(source)}: this model reads imaging features of cells: give a folder of "
-            f"images and positions, or a table of {model.config.sizes.features} features a cell: "
-            f"{describe_features(model)}"
+            f"images and positions, or a table of {wanted.width} features a cell: "
+            f"{describe_features(wanted)}"
         )
     if not isinstance(source, Source):
         source = open_source(source, format=format, pixel_size=pixel_size)
@@ -248,19 +253,17 @@ def _features_of(
             f"{source.name}: say which sample each cell is of: sample= (--sample) names a column "
             f"of obs, one of {[str(c) for c in source.obs if str(c).startswith('Metadata_')]}"
         )
-    check_source(source, model.config.features.channels, eight_bit=eight_bit, sample=sample)
-    if not isinstance(extractor, FeatureExtractor):
+    check_source(source, wanted.channels, eight_bit=eight_bit, sample=sample)
+    if not isinstance(extractor, Extractor):
         extractor = load_extractor(weights=extractor)
-    made, size = extractor.config.n_features, model.config.sizes.features
-    if extractor.config.channels != model.config.features.channels or made != size:
+    made = extractor.n_features
+    if extractor.channels != wanted.channels or made != wanted.width:
         raise ModelError(
-            f"{extractor.config.name}: makes {made} features of {list(extractor.config.channels)}, "
-            f"the model reads {size}: {describe_features(model)}"
+            f"{extractor.name}: makes {made} features of {list(extractor.channels)}, "
+            f"the model reads {wanted.width}: {describe_features(wanted)}"
         )
-    with bar("making features") as progress:
-        return image_features(
-            source, extractor, eight_bit=eight_bit, sample=sample, device=device, progress=progress
-        )
+    job = feature_job(source, extractor, eight_bit=eight_bit, sample=sample, device=device)
+    return make_table(job, None, "making features")
 
 
 def _refuse(given: dict[str, Any], kind: str) -> None:
@@ -270,7 +273,7 @@ def _refuse(given: dict[str, Any], kind: str) -> None:
             raise DataError(f"{option!r} has no meaning for {kind}; leave it out")
 
 
-def _is_table(source: Any) -> bool:
+def is_table(source: Any) -> bool:
     """Tell whether a source is an AnnData, or a file of one."""
     if isinstance(source, ad.AnnData):
         return True
@@ -280,96 +283,6 @@ def _is_table(source: Any) -> bool:
 
 def _called(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
-
-
-def evaluate(
-    model: str | Path | Model,
-    store: str | Path,
-    *,
-    part: str = "test",
-    n_samples: int = 16,
-    steps: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    out: str | Path | None = None,
-) -> list[Scores]:
-    """Score a model and the baselines on a part of a store, by the split it was trained with.
-
-    Parameters
-    ----------
-    model
-        A name of the zoo, a folder, or a loaded model.
-    store
-        The store; where it is of the model's training data, the split must come out the same.
-    part
-        ``"test"``, ``"cal"``, ``"val"``, or a declared ``"test_NAME"``.
-    n_samples, steps, seed, device
-        As for :func:`phenoseq.predict`.
-    out
-        Folder for ``metrics.json``, ``metrics.md`` and ``genes.csv``.
-
-    Returns
-    -------
-    Scores, the model's first.
-
-    Raises
-    ------
-    DataError, ModelError
-        Where the store has other genes, or its split differs from the one trained with.
-    """
-    name = Path(model).name if isinstance(model, str | Path) else "this model"
-    loaded = load_model(model) if isinstance(model, str | Path) else model
-    if not isinstance(loaded, PhenoSeq):
-        raise ModelError(
-            f"{name}: predicts embeddings of samples, and a store has genes of cells; only models "
-            "of genes can be scored on one"
-        )
-    opened = Store(store)
-    table = opened.table()
-    config = loaded.config
-    if tuple(table.var_names) != config.expression.genes:
-        raise DataError(f"{store}: its genes are not those of {name}, in the same order")
-    split = split_of(opened, SplitConfig(**config.training.split))  # type: ignore[arg-type]
-    same = opened.manifest.identity == config.training.identity
-    if same and split.digest != config.training.split_digest:
-        raise DataError(
-            f"{store}: divides its cells otherwise than {name} was trained with, so that its "
-            "training cells would be scored; prepare the store with the same options"
-        )
-    median = config.expression.median_library
-    train, rows = split.rows("train"), split.rows(part)
-    rows = rows[table.obs["total_counts"].to_numpy()[rows] >= MIN_COUNTS]
-    fitted = fit_baselines(opened, table, train, rows, median=median, seed=seed)
-    inputs = open_inputs(opened, config.image, rows=rows)
-    job = image_job(loaded, inputs, n_samples=n_samples, steps=steps, seed=seed, device=device)
-    with bar(f"predicting the {part} part") as progress:
-        predicted = predict_table(job, progress)
-    truth = normalised(table.X[rows], median)
-    genes = scored_genes(table.X[train])
-    scores, each = score_all(truth, {name: predicted, **fitted}, genes)
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "model": name,
-            "data": opened.manifest.source,
-            "data_identity": opened.manifest.identity,
-            "split_digest": split.digest,
-            "trained_on_this_data": same,
-            "part": part,
-            "n_cells": len(rows),
-            "n_groups": len(np.unique(split.group[rows])),
-            "n_genes": int(genes.sum()),
-            "n_samples": n_samples,
-            "steps": config.diffusion.steps if steps is None else steps,
-            "seed": seed,
-            "phenoseq_version": __version__,
-        }
-        (folder / "metrics.json").write_text(json.dumps(as_json(scores, facts), indent=1) + "\n")
-        (folder / "metrics.md").write_text(markdown(scores) + "\n")
-        symbols = {"symbol": table.var["symbol"].to_numpy()}
-        pd.DataFrame({**symbols, **each}, index=table.var_names).to_csv(folder / "genes.csv")
-    return scores
 
 
 def finetune(

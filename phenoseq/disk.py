@@ -30,7 +30,7 @@ def room_for(path: Path, left: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
         free = shutil.disk_usage(path.parent).free
         raise DataError(
@@ -39,7 +39,8 @@ def room_for(path: Path, left: str) -> Iterator[None]:
         ) from error
 
 
-def _is_full(error: BaseException | None) -> bool:
+def is_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or what lies behind it, is that of a full disk."""
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):

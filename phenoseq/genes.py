@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, PhenoseqWarning
+from phenoseq.symbols import ensembl_ids
 
 _ENSEMBL = r"^ENS[A-Z]*G\d{11}(\.\d+)?$"
 
@@ -45,48 +47,18 @@ def gene_table(ids: Sequence[str], symbols: Sequence[str], where: str) -> pd.Dat
     return pd.DataFrame({"symbol": symbol.to_numpy()}, index=pd.Index(index, name="gene_id"))
 
 
-def without_ensembl(var: pd.DataFrame) -> list[str]:
-    """Return the genes of ``var`` that go by their symbol because they have no Ensembl id."""
-    return list(var.index[~var.index.str.match(_ENSEMBL)])
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Where the genes of one vocabulary stand in another.
-
-    Attributes
-    ----------
-    have, want
-        Positions of the shared genes in each, int64, of equal length.
-    missing
-        Genes wanted that are not there.
-    """
-
-    have: NDArray[np.int64]
-    want: NDArray[np.int64]
-    missing: list[str]
-
-
-def align_genes(have: Sequence[str], want: Sequence[str], where: str) -> Alignment:
-    """Align two vocabularies by gene id.
-
-    Raises
-    ------
-    DataError
-        Where no gene is shared.
-    """
-    place = pd.Index(have).get_indexer(pd.Index(want))
-    found = place >= 0
-    if not found.any():
-        raise DataError(
-            f"{where}: none of the {len(want)} genes wanted are there (it has {list(have)[:3]}, "
-            f"wanted are {list(want)[:3]}); are both indexed by Ensembl id?"
+def tell_symbols(var: pd.DataFrame, where: str) -> None:
+    """Warn of the genes of ``var`` that go by their symbol because they have no Ensembl id."""
+    unnamed = list(var.index[~var.index.str.match(_ENSEMBL)])
+    if unnamed:
+        unknown = [name for name, i in zip(unnamed, ensembl_ids(unnamed), strict=True) if not i]
+        warnings.warn(
+            f"{where}: {len(unnamed)} genes have no Ensembl id and go by their symbol: "
+            f"{unnamed[:5]}; HGNC's table knows the ids of {len(unnamed) - len(unknown)} of them"
+            + (f", not of {unknown[:5]}" if unknown else ""),
+            PhenoseqWarning,
+            stacklevel=4,
         )
-    return Alignment(
-        have=place[found].astype(np.int64),
-        want=np.flatnonzero(found).astype(np.int64),
-        missing=[gene for gene, ok in zip(want, found, strict=True) if not ok],
-    )
 
 
 #: Columns of ``var`` in which files keep Ensembl ids, and symbols, in the order they are tried.
@@ -98,8 +70,7 @@ def genes_of(var: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return the genes of an AnnData's ``var`` as :func:`gene_table` does.
 
     Ids are its index where that holds Ensembl ids, else a column such as ``gene_ids``; symbols a
-    column such as ``gene_name``, else the index. A gene without an id goes by its symbol: phenoseq
-    has no table of symbols of its own.
+    column such as ``gene_name``, else the index. A gene without an id goes by its symbol.
     """
     names = pd.Series(var.index.astype(str), dtype=object)
     ids, symbols = (_column(var, columns) for columns in (_ID_COLUMNS, _SYMBOL_COLUMNS))
@@ -135,27 +106,35 @@ class GeneMatch:
     have, want
         Positions of the shared genes in each, int64, of equal length; ``want`` rises.
     by_symbol
-        How many of them match by symbol alone.
+        How many of them match by an equal symbol alone.
     missing
         Symbols of the genes wanted that are not there.
+    by_table
+        How many of them match by the id that HGNC's table knows for their symbol.
     """
 
     have: NDArray[np.int64]
     want: NDArray[np.int64]
     by_symbol: int
     missing: list[str]
+    by_table: int = 0
 
     def __str__(self) -> str:
         """Tell in a line how many match."""
         n, total = len(self.want), len(self.want) + len(self.missing)
         text = f"{n:,} of {total:,} genes matched, {self.by_symbol:,} of them by symbol"
+        text += f", {self.by_table:,} by HGNC's table" if self.by_table else ""
         return text + (f"; missing are {', '.join(self.missing[:5])}" if self.missing else "")
 
 
 def match_genes(
     have: pd.DataFrame, want: pd.DataFrame, where: str, *, min_share: float = 0.5
 ) -> GeneMatch:
-    """Match two gene tables by id, and those genes left by symbol where it is no one else's.
+    """Match two gene tables by id, else by symbol, else through HGNC's table.
+
+    A gene that has an id on one side only is matched by its symbol, where that is no one else's;
+    then by the Ensembl id that :func:`phenoseq.symbols.ensembl_ids` knows for the symbol, which may
+    be a former one or an alias.
 
     Parameters
     ----------
@@ -171,26 +150,24 @@ def match_genes(
     DataError
         Where fewer are.
     """
-    place = have.index.get_indexer(want.index)
-    taken = np.zeros(len(have), dtype=bool)
-    taken[place[place >= 0]] = True
-    left = np.flatnonzero(place < 0)
+    ids = pd.Series(have.index), pd.Series(want.index)
+    place = _places(*ids)
     # Two Ensembl ids that differ are two genes, whatever their symbols.
-    named = np.asarray(have.index.str.match(_ENSEMBL), dtype=bool)
-    also = np.asarray(want.index.str.match(_ENSEMBL), dtype=bool)
-    symbols = pd.Index(have["symbol"])
-    clear = np.flatnonzero(~symbols.duplicated(keep=False) & ~taken)
-    twice = want["symbol"].duplicated(keep=False).to_numpy()
-    at = pd.Index(symbols[clear]).get_indexer(want["symbol"].iloc[left])
-    found = np.where(at >= 0, clear[at] if len(clear) else -1, -1)
-    found[twice[left] | ((found >= 0) & named[found] & also[left])] = -1
-    place[left] = found
+    named = [np.asarray(one.index.str.match(_ENSEMBL), dtype=bool) for one in (have, want)]
+    free = ~np.isin(np.arange(len(have)), place), place < 0
+    by_symbol = _places(have["symbol"], want["symbol"], *free)
+    by_symbol[np.append(named[0], False)[by_symbol] & named[1]] = -1  # -1 is the False
+    place = np.where(place < 0, by_symbol, place)
+    free = ~np.isin(np.arange(len(have)), place), place < 0
+    by_table = _places(_resolved(have, named[0]), _resolved(want, named[1]), *free)
+    place = np.where(place < 0, by_table, place)
     there = place >= 0
     match = GeneMatch(
         have=place[there].astype(np.int64),
         want=np.flatnonzero(there).astype(np.int64),
-        by_symbol=int((found >= 0).sum()),
+        by_symbol=int((by_symbol >= 0).sum()),
         missing=list(want["symbol"][~there]),
+        by_table=int((by_table >= 0).sum()),
     )
     if there.sum() < min_share * len(want) or not there.any():
         raise DataError(
@@ -199,6 +176,29 @@ def match_genes(
             "one species, and by Ensembl id or symbol?"
         )
     return match
+
+
+def _resolved(genes: pd.DataFrame, named: NDArray[np.bool_]) -> pd.Series:
+    """Return the Ensembl id of each gene, that of HGNC's table where it has none, "" without."""
+    return pd.Series(np.where(named, genes.index, ensembl_ids(list(genes["symbol"]))), dtype=object)
+
+
+def _places(
+    have: pd.Series,
+    want: pd.Series,
+    free: NDArray[np.bool_] | None = None,
+    sought: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
+    """Return where each of ``want`` stands in ``have``, -1 where it does not or not clearly.
+
+    Only those of ``have`` that are ``free`` and those of ``want`` that are ``sought`` count, each
+    of which no other on its side is equal to.
+    """
+    clear = [(~one.duplicated(keep=False) & (one != "")).to_numpy() for one in (have, want)]
+    at = np.flatnonzero(clear[0] if free is None else clear[0] & free)
+    found = pd.Index(have.iloc[at]).get_indexer(want)
+    found = np.where(found >= 0, at[found] if len(at) else -1, -1)
+    return np.where(clear[1] if sought is None else clear[1] & sought, found, -1)
 
 
 def merged_genes(have: pd.DataFrame, want: pd.DataFrame, match: GeneMatch) -> pd.DataFrame:

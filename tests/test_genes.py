@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+import warnings
+
 import pandas as pd
 import pytest
 
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.genes import (
-    align_genes,
     gene_table,
     genes_of,
     match_genes,
     merged_genes,
     read_gene_list,
-    without_ensembl,
+    tell_symbols,
 )
 
 ID = "ENSG%011d"
@@ -41,9 +41,13 @@ def test_only_ensembl_ids_lose_their_version():
     assert list(var.index) == ["AC004556.1", P53, "HLA.A", "NKX2.1"]
 
 
-def test_without_ensembl():
+def test_genes_without_ensembl_ids_are_told():
     var = gene_table([P53, "", "CLECL1", MOUSE], ["TP53", "NOID", "CLECL1", "Trp53"], "here")
-    assert without_ensembl(var) == ["NOID", "CLECL1"]
+    with pytest.warns(PhenoseqWarning, match=r"2 genes have no .* of 1 of them, not of \['NOID'\]"):
+        tell_symbols(var, "here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tell_symbols(var.iloc[[0, 3]], "here")
 
 
 @pytest.mark.parametrize(
@@ -67,31 +71,6 @@ def test_gene_without_id_and_symbol():
 
 def test_no_genes():
     assert len(gene_table([], [], "here")) == 0
-
-
-def test_align():
-    have, want = ["d", "a", "x", "b"], ["a", "b", "c", "d"]
-    found = align_genes(have, want, "here")
-    assert [have[i] for i in found.have] == [want[i] for i in found.want] == ["a", "b", "d"]
-    assert found.have.tolist() == [1, 3, 0]
-    assert found.want.tolist() == [0, 1, 3]
-    assert found.missing == ["c"]
-    assert found.have.dtype == found.want.dtype == np.int64
-
-
-def test_align_of_equal_vocabularies():
-    genes = [P53, ACTB, "NOID"]
-    found = align_genes(genes, genes, "here")
-    assert found.have.tolist() == found.want.tolist() == [0, 1, 2]
-    assert found.missing == []
-
-
-def test_align_of_nothing_names_both_sides():
-    with pytest.raises(DataError, match=r"table: none of the 2 genes.*'TP53'.*ENSG.*Ensembl id"):
-        align_genes(["TP53", "ACTB"], [P53, ACTB], "table")
-
-
-# ------------------------------------------------------------------------- of AnnData, and matched
 
 
 def test_genes_of_var():
@@ -126,6 +105,38 @@ def test_two_ids_are_two_genes_and_unclear_symbols_match_nothing():
     want = gene_table([ID % 7, "", ""], ["A", "B", "C"], "want")
     with pytest.raises(DataError, match=r"only 0 of 3 genes matched"):
         match_genes(have, want, "here")
+
+
+def test_symbols_match_ids_through_the_table():
+    """Approved, former and alias symbols; two names of one gene, or of none, match nothing."""
+    ids = [P53, "ENSG00000168385", ACTB, "ENSG00000184293"]
+    want = gene_table(ids, ["TP53", "SEPTIN2", "other", "CLEC2L"], "want")
+    have = gene_table([""] * 6, ["SEPT2", "p53", "ACTB", "GENE1", "CLECL1", "CLECL1P"], "have")
+    match = match_genes(have, want, "here")
+    assert match.have.tolist() == [1, 0, 2]
+    assert match.want.tolist() == [0, 1, 2]
+    assert (match.by_symbol, match.by_table) == (0, 3)
+    assert "3 of 4 genes matched, 0 of them by symbol, 3 by HGNC's table" in str(match)
+    back = match_genes(want, have, "here", min_share=0.4)
+    assert back.have.tolist() == [1, 0, 2]
+    assert back.want.tolist() == [0, 1, 2]
+    assert list(merged_genes(have, want, match).index) == ids[:3]
+
+
+def test_what_files_say_comes_before_the_table():
+    """SEPT2 is formerly SEPTIN2's, but here it is the symbol of another gene."""
+    have = gene_table(["", ""], ["SEPT2", "Trp53"], "have")
+    want = gene_table([ID % 5, "ENSG00000168385", P53], ["SEPT2", "SEPTIN2", "TP53"], "want")
+    match = match_genes(have, want, "here", min_share=0.1)
+    assert (match.have.tolist(), match.want.tolist()) == ([0], [0])
+    assert match.missing == ["SEPTIN2", "TP53"]  # Trp53 is a mouse's
+
+
+def test_no_genes_match_nothing():
+    none, some = gene_table([], [], "none"), gene_table([""], ["TP53"], "some")
+    for have, want in ((none, some), (some, none)):
+        with pytest.raises(DataError, match="only 0 of"):
+            match_genes(have, want, "here")
 
 
 def test_too_few_genes_match():

@@ -62,9 +62,10 @@ def test_a_name_that_is_not_there():
 
 
 def test_lazy_names_are_the_real_ones():
-    from phenoseq.api import evaluate, predict
+    from phenoseq.api import predict
     from phenoseq.data.store import Store
     from phenoseq.models.phenoseq import PhenoSeq
+    from phenoseq.scoring import evaluate
     from phenoseq.zoo.registry import list_models, load_model
 
     names = (evaluate, predict, Store, PhenoSeq, list_models, load_model)

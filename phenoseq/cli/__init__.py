@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from phenoseq._version import __version__
-from phenoseq.cli import evaluate, models, predict, prepare, segment, train
+from phenoseq.cli import doctor, evaluate, models, predict, prepare, screen, segment, train
 from phenoseq.errors import PhenoseqError, PhenoseqWarning
 
 
@@ -41,11 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_train(commands)
     train.add_finetune(commands)
     predict.add_predict(commands)
-    predict.add_features(commands)
+    predict.add_embed(commands)
     evaluate.add_evaluate(commands)
     predict.add_decode(commands)
+    screen.add_screen(commands)
     segment.add_segment(commands)
     models.add_models(commands)
+    doctor.add_doctor(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""``phenoseq predict``, ``features`` and ``decode``."""
+"""``phenoseq predict``, ``embed`` and ``decode``."""
 
 from __future__ import annotations
 
@@ -41,23 +41,30 @@ def add_predict(commands: Commands) -> None:
     predict.set_defaults(run=_predict)
 
 
-def add_features(commands: Commands) -> None:
-    """Add ``phenoseq features``."""
-    features = commands.add_parser(
-        "features", help="make the image features that the published PhenoSeq weights take"
+def add_embed(commands: Commands) -> None:
+    """Add ``phenoseq embed``."""
+    embed = commands.add_parser(
+        "embed", help="make image features by a frozen network, one token a cell and channel"
     )
-    features.add_argument("source", help="folder of images and CellProfiler's single-cell table")
-    features.add_argument("-o", "--out", required=True, help="FEATURES.h5ad or FEATURES.zarr")
-    features.add_argument("--format", help=FORMAT)
-    features.add_argument("--pixel-size", type=float, help="um a pixel of the images")
-    features.add_argument(
+    embed.add_argument("source", help="folder, file or URL of images and cells")
+    embed.add_argument(
+        "--backbone",
+        required=True,
+        help="a network of timm, or vit_l_16 (torchvision's, as the published PhenoSeq takes it)",
+    )
+    embed.add_argument("-o", "--out", required=True, help="FEATURES.h5ad or FEATURES.zarr")
+    embed.add_argument("--weights", help="file of its weights (.pth, .safetensors)")
+    embed.add_argument("--crop-px", type=int, help="side of a crop (the network's own)")
+    embed.add_argument(
         "--crop-pixel-size", type=float, help="um a pixel of the crops (as the images)"
     )
-    features.add_argument("--eight-bit", choices=["full", "percentile"], help=EIGHT_BIT)
-    features.add_argument("--extractor", help=EXTRACTOR)
-    features.add_argument("--yes", action="store_true", help="download these weights if need be")
-    features.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
-    features.set_defaults(run=_features)
+    embed.add_argument("--eight-bit", choices=["full", "percentile"], help=EIGHT_BIT)
+    embed.add_argument("--sample", help="column of obs to keep that tells samples apart")
+    embed.add_argument("--format", help=FORMAT)
+    embed.add_argument("--pixel-size", type=float, help="um a pixel of the images")
+    embed.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    embed.add_argument("--yes", action="store_true", help="download these weights if need be")
+    embed.set_defaults(run=_embed)
 
 
 def add_decode(commands: Commands) -> None:
@@ -76,7 +83,7 @@ def add_decode(commands: Commands) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from phenoseq.api import predict
+    from phenoseq.api import is_table, predict
 
     source, channels = options.source, None
     if Path(source).suffix == ".npy":
@@ -84,7 +91,7 @@ def _predict(options: argparse.Namespace) -> int:
         channels = options.channels.split(",") if options.channels else None
     _fetch(options.model, yes=options.yes)
     extractor = options.extractor
-    if options.yes and options.sample and not extractor and Path(source).suffix != ".h5ad":
+    if options.yes and options.sample and not extractor and not is_table(source):
         from phenoseq.models.features import load_extractor
 
         extractor = load_extractor(yes=True)
@@ -107,8 +114,9 @@ def _predict(options: argparse.Namespace) -> int:
         extractor=extractor,
     )
     if result.uns["phenoseq"]["pairing"] == "sample":
-        kind = result.uns["phenoseq"]["embedding"]
-        print(f"{options.out}: {result.n_obs:,} bags, {kind} embeddings of {result.n_vars} numbers")
+        kind = result.uns["phenoseq"].get("embedding")
+        what = f"{kind} embeddings of {result.n_vars} numbers" if kind else f"{result.n_vars} genes"
+        print(f"{options.out}: {result.n_obs:,} bags, {what}")
     else:
         print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
     return 0
@@ -122,12 +130,11 @@ def _fetch(model: str, *, yes: bool) -> None:
     entry = to_download(model)
     if entry is None:
         return
-    files = entry.files
-    print(f"{entry.name}: {files.download} from {files.repo} on the Hugging Face hub", end=", ")
-    print(f"converted to {files.kept} and kept for later")
+    size = f"{entry.size / 1e9:.1f} GB"
+    print(f"{entry.name}: {size} from the Hugging Face hub, kept for later")
     if not yes:
         if not sys.stdin.isatty():
-            raise ModelError(f"{entry.name}: say --yes to download {files.download}")
+            raise ModelError(f"{entry.name}: say --yes to download {size}")
         if input("download? [y/N] ").strip().lower() not in ("y", "yes"):
             raise ModelError(f"{entry.name}: not downloaded")
     load_model(entry.name, download=True)
@@ -144,27 +151,23 @@ def _load_array(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202 - n
         raise DataError(f"{path}: not a readable array ({error})") from error
 
 
-def _features(options: argparse.Namespace) -> int:
-    from phenoseq.inference.extract import check_source, image_features
-    from phenoseq.inference.writer import check_out, write_whole
-    from phenoseq.models.features import VIT_L_16, load_extractor
-    from phenoseq.progress import bar
+def _embed(options: argparse.Namespace) -> int:
+    from phenoseq.inference.extract import embed
 
-    out = check_out(options.out)
-    source = open_told(options)
-    check_source(source, VIT_L_16.channels, eight_bit=options.eight_bit)
-    extractor = load_extractor(weights=options.extractor, yes=options.yes)
-    with bar("making features") as progress:
-        result = image_features(
-            source,
-            extractor,
-            pixel_size=options.crop_pixel_size,
-            eight_bit=options.eight_bit,
-            device=options.device,
-            progress=progress,
-        )
-    write_whole(result, out)
-    print(f"{out}: {result.n_obs:,} cells, {result.n_vars:,} features")
+    made = embed(
+        open_told(options),
+        backbone=options.backbone,
+        weights=options.weights,
+        image_size=options.crop_px,
+        crop_pixel_size=options.crop_pixel_size,
+        eight_bit=options.eight_bit,
+        sample=options.sample,
+        device=options.device,
+        out=options.out,
+        yes=options.yes,
+    )
+    n = len(made.uns["phenoseq"]["channels"])
+    print(f"{options.out}: {made.n_obs:,} cells, {n} channels, {made.n_vars // n:,} numbers each")
     return 0
 
 

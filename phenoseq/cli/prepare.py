@@ -23,6 +23,11 @@ def add_prepare(commands: Commands) -> None:
     prepare.add_argument("--crop-pixel-size", type=float, default=0.425, help="um (%(default)s)")
     prepare.add_argument("--crop-px", type=int, default=64, help="side of a crop (%(default)s)")
     prepare.add_argument("--min-counts", type=int, default=20, help="of a cell (%(default)s)")
+    prepare.add_argument(
+        "--metadata",
+        help="table of the cells (cell_id) or wells (Metadata_Well) to keep, whose columns are "
+        "added: .csv, .parquet, or the obs of .h5ad",
+    )
     prepare.add_argument("--rna", nargs="+", help="RNA of the cells or samples: .h5ad files")
     prepare.add_argument(
         "--pair-by",
@@ -47,12 +52,12 @@ def add_prepare(commands: Commands) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from phenoseq.data.store import write_store
+    from phenoseq.data.storewriter import write_store
     from phenoseq.progress import bar
 
     if options.pair_by == "sample":
         return _prepare_samples(options)
-    source = open_told(options)
+    source = _open(options)
     if options.rna:
         source = _join_counts(source, options)
     with bar("cutting crops") as progress:
@@ -74,6 +79,16 @@ def _prepare(options: argparse.Namespace) -> int:
         print(f"  left out, {reason}: {n:,}")
     tell_problems(manifest.problems)
     return 0
+
+
+def _open(options: argparse.Namespace) -> Source:
+    from phenoseq.data.metadata import add_metadata, read_metadata
+
+    source = open_told(options)
+    if options.metadata:
+        source = add_metadata(source, read_metadata(options.metadata), options.metadata)
+        print(f"{len(source.obs):,} cells of {options.metadata}")
+    return source
 
 
 def _join_counts(source: Source, options: argparse.Namespace) -> Source:
@@ -105,7 +120,12 @@ def _prepare_samples(options: argparse.Namespace) -> int:
 
     if not options.rna:
         raise DataError("pairing by sample needs the RNA: --rna RNA.h5ad")
-    images = Cells(options.source) if is_anndata(options.source) else open_told(options)
+    if options.format is None and is_anndata(options.source):
+        if options.metadata:
+            raise DataError("--metadata goes with images; AnnData tells of its cells in obs")
+        images: Source | Cells = Cells(options.source)
+    else:
+        images = _open(options)
     with bar("writing cells") as progress:
         store, pairing = write_sample_store(
             images,

@@ -1,17 +1,18 @@
-"""``phenoseq segment``: the nuclei of plain images."""
+"""``phenoseq segment``: the nuclei of images."""
 
 from __future__ import annotations
 
 import argparse
 
-from phenoseq.cli.options import Commands
+from phenoseq.cli.options import FORMAT, Commands
 
 
 def add_segment(commands: Commands) -> None:
     """Add ``phenoseq segment``."""
-    segment = commands.add_parser("segment", help="find the nuclei in a folder of images")
-    segment.add_argument("source", help="folder of TIFF images, one stain of them DNA")
+    segment = commands.add_parser("segment", help="find the nuclei in images")
+    segment.add_argument("source", help="folder, file or URL of images, one stain of them DNA")
     segment.add_argument("-o", "--out", required=True, help="folder for masks, cells.csv, overlays")
+    segment.add_argument("--format", help=FORMAT)
     segment.add_argument("--pixel-size", type=float, help="um a pixel, where no file says")
     segment.add_argument("--method", default="watershed", choices=["watershed", "cellpose"])
     segment.set_defaults(run=_segment)
@@ -25,6 +26,7 @@ def _segment(options: argparse.Namespace) -> int:
         counts = segment_folder(
             options.source,
             options.out,
+            format=options.format,
             pixel_size=options.pixel_size,
             method=options.method,
             progress=progress,

@@ -115,21 +115,21 @@ class Cells:
         self.name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         tables = [file.obs for file in self._files]
         for file, table in zip(self._files, tables, strict=True):
-            if not table.index.is_unique:
+            if table.index.has_duplicates:
                 twice = list(table.index[table.index.duplicated()][:3])
                 raise DataError(
                     f"{file.name}: cell ids that occur more than once: {twice}; make them unique, "
                     "e.g. with adata.obs_names_make_unique()"
                 )
-        if not pd.Index(np.concatenate([table.index for table in tables])).is_unique:
+        if len(tables) > 1 and pd.Index(np.concatenate([t.index for t in tables])).has_duplicates:
             tables = [
                 table.set_axis([f"{Path(file.name).stem}:{cell}" for cell in table.index])
                 for file, table in zip(self._files, tables, strict=True)
             ]
         shared = [c for c in tables[0] if all(c in table for table in tables)]
-        several = [_plain(table[shared]) for table in tables]
-        self.obs = several[0] if len(several) == 1 else pd.concat(several)
-        if not self.obs.index.is_unique:
+        plain = [_plain(table[shared]) for table in tables]
+        self.obs = plain[0] if len(plain) == 1 else pd.concat(plain)
+        if len(tables) > 1 and self.obs.index.has_duplicates:
             raise DataError(f"{self.name}: a file is given twice, or has the name of another")
 
     def __len__(self) -> int:
@@ -218,6 +218,14 @@ class Cells:
         return digest.hexdigest()
 
 
+def dense(rows: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
+    """Return rows of a :class:`Matrix` as an array."""
+    if isinstance(rows, np.ndarray):
+        return rows
+    whole: NDArray[np.float32] = rows.toarray()
+    return whole
+
+
 def is_anndata(path: str | Path) -> bool:
     """Tell whether a path is an AnnData file, or a folder of ``.h5ad`` files."""
     path = Path(path)
@@ -279,7 +287,7 @@ class _File:
     def record(self) -> dict[str, Any]:
         """``uns["phenoseq"]``, or nothing."""
         found = self.node.uns if self._in_memory else self.node.get("uns", {})
-        record = found["phenoseq"] if "phenoseq" in found else {}
+        record = found.get("phenoseq", {})
         if isinstance(record, h5py.Group | zarr.Group):
             record = ad.io.read_elem(record)
         return record if isinstance(record, dict) else {}

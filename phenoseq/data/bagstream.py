@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from phenoseq.data.dataset import Batch, EpochStream, Rows, as_tensor
+from phenoseq.data.dataset import EpochStream, Rows
+from phenoseq.data.handover import Arrays, Item, Spec
 from phenoseq.data.samplestore import SampleStore
 
 #: Bags that are made of one piece: RNA cells that stand side by side, and one pool of image cells.
@@ -81,10 +82,13 @@ class BagStream(EpochStream):
             workers=workers,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Item]:
         """Iterate over the batches of this rank and worker."""
         number, skip = self._turn()
-        store = SampleStore(self.store)
+        new, store = self._new(number), SampleStore(self.store)
+        names = {"images": "images", "rna": store.manifest.rna}
+        if store.manifest.images == "features":
+            names["images"] = "features"
         kept: dict[int, Bag] = {}
         for batches, waiting in self._plan(number):
             loaded: dict[int, _Loaded] = {}
@@ -92,7 +96,7 @@ class BagStream(EpochStream):
             skip -= given
             for batch in batches[given:]:
                 bags = [kept.pop(n) if n in kept else self._bag(store, n, loaded) for n in batch]
-                yield self._batch(store, bags)
+                yield _stacked(bags, names, new)
             if not skip:  # else the next batch, which takes all of those waiting, was given
                 kept.update((n, self._bag(store, n, loaded)) for n in waiting if n not in kept)
 
@@ -161,15 +165,18 @@ class BagStream(EpochStream):
             own=np.arange(len(order) + len(fill)) < n,
         )
 
-    def _batch(self, store: SampleStore, bags: list[Bag]) -> Batch:
-        manifest = store.manifest
-        names = {
-            "images": "images" if manifest.images == "crops" else "features",
-            "rna": manifest.rna,
-        }
-        return {
-            names.get(key, key): as_tensor(np.stack([bag[key] for bag in bags])) for key in bags[0]
-        }
+
+def _stacked(
+    bags: list[Bag], names: dict[str, str], new: Callable[[Spec], tuple[Item, Arrays]]
+) -> Item:
+    spec = {
+        names.get(key, key): ((len(bags), *value.shape), value.dtype)
+        for key, value in bags[0].items()
+    }
+    batch, arrays = new(spec)
+    for key, array in zip(bags[0], arrays.values(), strict=True):
+        np.stack([bag[key] for bag in bags], out=array)
+    return batch
 
 
 @dataclass(frozen=True)

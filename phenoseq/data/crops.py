@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from phenoseq.data.source import FieldImage, Source
+from phenoseq.data.source import FieldImage, Level, Problem, Source
 from phenoseq.errors import DataError
 
 #: Side of the regions that are read at a time, in pixels of the level read.
@@ -51,14 +51,9 @@ def outside(source: Source) -> NDArray[np.bool_]:
     DataError
         Where most are: then the coordinates are not micrometres in this image's frame.
     """
-    out = np.ones(len(source.obs), dtype=bool)
     x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
-    for name, rows in by_field(source.obs):
-        if name not in source.fields:
-            raise DataError(f"{source.name}: cells name the field {name!r}, which has no image")
-        level = source.fields[name].levels[0]
-        height, width = (side * level.pixel_size for side in level.shape)
-        out[rows] = (x[rows] < 0) | (y[rows] < 0) | (x[rows] >= width) | (y[rows] >= height)
+    width, height = extents(source)
+    out = np.array((x < 0) | (y < 0) | (x >= width) | (y >= height), dtype=bool)
     if len(out) and out.mean() > MAX_OUTSIDE:
         level = next(iter(source.fields.values())).levels[0]
         raise DataError(
@@ -70,19 +65,67 @@ def outside(source: Source) -> NDArray[np.bool_]:
     return out
 
 
+def extents(source: Source) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return width and height in micrometres of the image that each cell is in, ``(n_obs,)`` each.
+
+    Raises
+    ------
+    DataError
+        Where a cell names a field that has no image.
+    """
+    codes, levels = _by_cell(source, lambda image: image.levels[0])
+    size = np.array([level.pixel_size for level in levels], dtype=np.float64)
+    shape = np.array([level.shape for level in levels]).reshape(-1, 2)
+    extent = shape * size[:, None]
+    height, width = np.asarray(extent[codes].T, dtype=np.float64)
+    return width, height
+
+
 def crop_order(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.int64]:
     """Return the cells that lie inside their image, in the order in which they are best read.
 
     That is field by field, and region by region: so that pixels are read once.
     """
-    inside = ~outside(source)
-    centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()
-    parts = [np.empty(0, dtype=np.int64)]
-    for name, rows in by_field(source.obs):
-        chosen = rows[inside[rows]]
-        place = _Places(source.fields[name], centres[chosen], pixel_size, crop_px)
-        parts.append(chosen[place.order])
-    return np.concatenate(parts)
+    inside = np.flatnonzero(~outside(source))
+    codes, levels = _by_cell(source, lambda image: image.level_for(pixel_size))
+    level_size = np.array([level.pixel_size for level in levels], dtype=np.float64)
+    _, corner = _places(_centres(source), level_size[codes], pixel_size, crop_px)
+    region = _region(corner)
+    keys = (corner[:, 1], corner[:, 0], region[:, 1], region[:, 0], codes)
+    order: NDArray[np.int64] = inside[np.lexsort([key[inside] for key in keys])]
+    return order
+
+
+def _by_cell(
+    source: Source, level_of: Callable[[FieldImage], Level]
+) -> tuple[NDArray[np.int64], list[Level]]:
+    """Return for each cell which of the fields, and of each field a level."""
+    codes, names = pd.factorize(source.obs["field"].astype(str))
+    lost = next((name for name in names if name not in source.fields), None)
+    if lost is not None:
+        raise DataError(f"{source.name}: cells name the field {lost!r}, which has no image")
+    return codes.astype(np.int64), [level_of(source.fields[name]) for name in names]
+
+
+def _centres(source: Source) -> NDArray[np.float64]:
+    return np.asarray(source.obs[["y_centroid", "x_centroid"]], dtype=np.float64)
+
+
+def _places(
+    centres: NDArray[np.float64],
+    level_size: NDArray[np.float64],
+    pixel_size: float,
+    crop_px: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return side and corner of each crop in pixels of the level read, ``(n,)`` and ``(n, 2)``."""
+    side = np.maximum(np.rint(crop_px * pixel_size / level_size), 1).astype(np.int64)
+    corner = np.round(centres / level_size[:, None] - side[:, None] / 2)
+    return side, corner.astype(np.int64)
+
+
+def _region(corner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the region of each crop, ``(n, 2)``."""
+    return np.clip(corner, 0, None) // REGION
 
 
 def iter_crops(
@@ -92,7 +135,7 @@ def iter_crops(
     *,
     batch_size: int = 512,
     rows: NDArray[np.int64] | None = None,
-    failed: Callable[[NDArray[np.int64], str], None] | None = None,
+    failed: Callable[[NDArray[np.int64], Problem], None] | None = None,
 ) -> Iterator[CropBatch]:
     """Cut a crop around cells, region by region.
 
@@ -114,13 +157,13 @@ def iter_crops(
         Which cells, in which order; all of :func:`crop_order` by default, of which others should
         be parts, or regions are read again and again.
     failed
-        ``failed(rows, why)`` is told of cells whose image cannot be decoded, which are left out
+        ``failed(rows, problem)`` is told of cells whose image cannot be decoded, which are left out
         then; otherwise that is an error.
 
     Raises
     ------
     DataError
-        Where an image cannot be decoded.
+        Where an image cannot be decoded, and nothing is called for it.
     """
     if rows is None:
         rows = crop_order(source, pixel_size, crop_px)
@@ -151,49 +194,26 @@ def by_field(obs: pd.DataFrame) -> list[tuple[str, NDArray[np.int64]]]:
     return [(str(name), np.asarray(rows, dtype=np.int64)) for name, rows in groups.items()]
 
 
-class _Places:
-    """Where the crops of some cells of a field lie, in pixels of the level that is read."""
-
-    def __init__(
-        self, image: FieldImage, centres: NDArray[np.float64], pixel_size: float, crop_px: int
-    ) -> None:
-        self.level = image.level_for(pixel_size)
-        self.side = max(round(crop_px * pixel_size / self.level.pixel_size), 1)
-        corner = np.round(centres / self.level.pixel_size - self.side / 2)
-        self.corner: NDArray[np.int64] = corner.astype(np.int64)
-
-    @property
-    def region(self) -> NDArray[np.int64]:
-        """Region of each crop, ``(n, 2)``."""
-        return np.clip(self.corner, 0, None) // REGION
-
-    @property
-    def order(self) -> NDArray[np.int64]:
-        """The crops region by region."""
-        corner, region = self.corner, self.region
-        return np.lexsort((corner[:, 1], corner[:, 0], region[:, 1], region[:, 0]))
-
-
 def _pieces(
     source: Source,
     rows: NDArray[np.int64],
     pixel_size: float,
     crop_px: int,
     at_once: int,
-    failed: Callable[[NDArray[np.int64], str], None] | None,
+    failed: Callable[[NDArray[np.int64], Problem], None] | None,
 ) -> Iterator[CropBatch]:
     """Yield the crops of ``rows`` in order, reading each region once where it comes up once."""
     if not len(rows):
         return
-    field = source.obs["field"].astype(str).to_numpy()
-    centres = source.obs[["y_centroid", "x_centroid"]].to_numpy()
+    field, centres = source.obs["field"].astype(str).to_numpy(), _centres(source)
     for some in np.split(rows, np.flatnonzero(field[rows][1:] != field[rows][:-1]) + 1):
-        image = source.fields[field[some[0]]]
-        place = _Places(image, centres[some], pixel_size, crop_px)
-        level, side, corner = place.level, place.side, place.corner
-        height, width = level.shape
+        name = field[some[0]]
+        level = source.fields[name].level_for(pixel_size)
+        sizes = np.full(len(some), level.pixel_size)
+        sides, corner = _places(centres[some], sizes, pixel_size, crop_px)
+        side, (height, width) = int(sides[0]), level.shape
         cut = np.any((corner < 0) | (corner + side > [height, width]), axis=1)
-        edges = np.flatnonzero(np.any(np.diff(place.region, axis=0), axis=1)) + 1
+        edges = np.flatnonzero(np.any(np.diff(_region(corner), axis=0), axis=1)) + 1
         for group in np.split(np.arange(len(some)), edges):
             (y0, x0), (y1, x1) = corner[group].min(axis=0), corner[group].max(axis=0) + side
             try:
@@ -201,7 +221,7 @@ def _pieces(
             except DataError as error:
                 if failed is None:
                     raise
-                failed(some[group], f"{field[some[0]]}: {error}")
+                failed(some[group], Problem(name, str(error), len(group)))
                 continue
             pad = [(0, 0), (max(-y0, 0), max(y1 - height, 0)), (max(-x0, 0), max(x1 - width, 0))]
             if any(before or after for before, after in pad):

@@ -10,9 +10,8 @@ import lightning as L
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from torch.utils.data import DataLoader
 
-from phenoseq.data.dataset import Batch, CellStream, EpochStream, StreamLoader
+from phenoseq.data.dataset import BatchLoader, CellStream, EpochStream, StreamLoader
 from phenoseq.data.samplestore import SampleStore
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import Store
@@ -86,16 +85,16 @@ class StreamDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Return shuffled training batches; each pass is the next epoch."""
-        self._training = StreamLoader(self.stream("train", shuffle=True), **self._reading)
+        self._training = StreamLoader(self.stream("train", shuffle=True), self.num_workers)
         if self._restored:
             self._training.load_state_dict(self._restored)
         return self._training
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> BatchLoader:
         """Return validation batches, always the same in the same order."""
         return self.fixed("val", self.max_val)
 
-    def fixed(self, part: str, most: int, *, alone: bool = False) -> DataLoader[Batch]:
+    def fixed(self, part: str, most: int, *, alone: bool = False) -> BatchLoader:
         """Return batches of about ``most`` cells of a part, always the same in the same order.
 
         Parameters
@@ -108,7 +107,7 @@ class StreamDataModule(L.LightningDataModule):
         stream = self.stream(part, shuffle=False, most=most)
         if alone:
             stream.world, stream.rank = 1, 0
-        return DataLoader(stream, **self._reading)
+        return BatchLoader(stream, self.num_workers)
 
     def state_dict(self) -> dict[str, int]:
         """Return where training is in which epoch, for a checkpoint."""
@@ -121,14 +120,6 @@ class StreamDataModule(L.LightningDataModule):
         asked for before.
         """
         self._restored = state_dict
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        return {
-            "batch_size": None,
-            "num_workers": self.num_workers,
-            "multiprocessing_context": "spawn" if self.num_workers else None,
-        }
 
 
 class StoreDataModule(StreamDataModule):

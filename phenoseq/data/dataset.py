@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from scipy import sparse
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from phenoseq.data.handover import Arrays, Batch, Inbox, Item, Outbox, Parcel, Spec, fresh
 from phenoseq.data.store import Store
+from phenoseq.data.window import Window
 from phenoseq.errors import DataError
 
-Batch = dict[str, Tensor]
 Rows = NDArray[np.int64]
+# Batches that a worker may be ahead: it makes many at once, when a window is read.
+_AHEAD = 8
 
 
-class EpochStream(IterableDataset[Batch]):
+class EpochStream(IterableDataset[Item]):
     """Batches of a store, every item once an epoch, divided over ranks and workers.
 
     Every rank and worker gives the same number of batches, of nearly the same size, so that no
@@ -50,6 +49,8 @@ class EpochStream(IterableDataset[Batch]):
     epoch, start
         The pass that the next iteration makes, and how many of this rank's batches it leaves out
         since they were given already.
+    posted
+        Whether batches go to another process, as parcels; see :class:`BatchLoader`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class EpochStream(IterableDataset[Batch]):
         self.workers = workers
         self.world, self.rank = _world(), _rank()
         self.epoch = self.start = 0
+        self.posted = False
 
     def __len__(self) -> int:
         """Return the number of batches of one rank in an epoch.
@@ -100,6 +102,10 @@ class EpochStream(IterableDataset[Batch]):
         # restart that one must be whose turn it was.
         number = ((worker.id if worker else 0) + self.start) % self.workers
         return number, len(range(number, self.start, self.workers))
+
+    def _new(self, number: int) -> Callable[[Spec], tuple[Item, Arrays]]:
+        """Return what makes the batches of a reader: what it gives, and the arrays to be filled."""
+        return Outbox(number).new if self.posted else fresh
 
     @property
     def _each(self) -> int:
@@ -143,30 +149,36 @@ class CellStream(EpochStream):
         )
         self.rows = np.sort(rows)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Item]:
         """Iterate over the batches of this rank and worker."""
         number, skip = self._turn()
-        store = Store(self.store)
-        rows = np.empty(0, dtype=np.int64)
-        unread, images, counts = rows, store.take(rows), store.counts(rows)
-        for fresh, batches in self._plan(store, number):
-            unread = np.concatenate([unread, fresh])
+        new, store = self._new(number), Store(self.store)
+        crops, width = store.crops, store.rna.shape[1]
+        room = self.window * store.shard + 2 * self.batch_size
+        window = Window(store, min(room, len(store)))
+        unread = np.empty(0, dtype=np.int64)
+        for more, batches in self._plan(store, number):
+            unread = np.concatenate([unread, more])
             if skip:
                 given, batches = batches[:skip], batches[skip:]
                 skip -= len(given)
                 unread = np.setdiff1d(unread, np.concatenate([unread[:0], *given]))
             if not batches:
                 continue
-            rows = np.concatenate([rows, unread])
-            images = np.concatenate([images, store.take(unread)])
-            counts = sparse.vstack([counts, store.counts(unread)], format="csr")
+            window.load(unread)
             unread = unread[:0]
-            order = np.argsort(rows)
-            for batch in batches:
-                some = order[np.searchsorted(rows, batch, sorter=order)]
-                yield _batch(batch, images[some], counts[some])
-            rest = ~np.isin(rows, np.concatenate(batches))
-            rows, images, counts = rows[rest], images[rest], counts[rest]
+            for rows in batches:
+                batch, arrays = new(
+                    {
+                        "images": ((len(rows), *crops.shape[1:]), crops.dtype),
+                        "counts": ((len(rows), width), np.dtype(np.float32)),
+                        "rows": ((len(rows),), np.dtype(np.int64)),
+                    }
+                )
+                window.gather(rows, arrays["images"], arrays["counts"])
+                arrays["rows"][:] = rows
+                yield batch
+            window.forget(np.concatenate(batches))
 
     def _plan(self, store: Store, number: int) -> Iterator[tuple[Rows, list[Rows]]]:
         """Yield, for each window, the cells to read and the batches that can then be given."""
@@ -195,14 +207,44 @@ class CellStream(EpochStream):
         return np.array_split(np.concatenate(shards), readers)[number * self.world + self.rank]
 
 
-class StreamLoader(DataLoader[Batch]):
+class BatchLoader(DataLoader[Item]):
+    """Loads the batches of a stream, over processes in memory that is used again.
+
+    A batch may be kept: its memory is used again when the last of its tensors is dropped.
+
+    Parameters
+    ----------
+    stream
+        What to load.
+    num_workers
+        Processes that read; 0 reads in this one.
+    """
+
+    dataset: EpochStream
+
+    def __init__(self, stream: EpochStream, num_workers: int = 0) -> None:
+        stream.posted = num_workers > 0
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            multiprocessing_context="spawn" if num_workers else None,
+            prefetch_factor=_AHEAD if num_workers else None,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Iterate over the batches of a pass."""
+        inbox = Inbox()
+        for item in super().__iter__():
+            yield inbox.open(item) if isinstance(item, Parcel) else item
+
+
+class StreamLoader(BatchLoader):
     """Loads a shuffled :class:`EpochStream`, one epoch after the other.
 
     Its state is where it is in which epoch, so that a run that was stopped goes on with the next
     batch: Lightning keeps it in checkpoints.
     """
-
-    dataset: EpochStream
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Iterate over what is left of this epoch, or over the next one."""
@@ -222,19 +264,6 @@ class StreamLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where a state was taken."""
         self.dataset.epoch, self.dataset.start = state["epoch"], state["start"]
-
-
-def _batch(rows: Rows, images: NDArray[Any], counts: sparse.csr_matrix) -> Batch:
-    return {
-        "images": as_tensor(images),
-        "counts": torch.from_numpy(counts.toarray().astype(np.float32)),
-        "rows": torch.from_numpy(rows),
-    }
-
-
-def as_tensor(images: NDArray[Any]) -> Tensor:
-    """Return images as a tensor; torch has no arithmetic on uint16."""
-    return torch.from_numpy(images.astype(np.int32) if images.dtype == np.uint16 else images)
 
 
 def _by_shard(rows: Rows, shard: int) -> list[Rows]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from phenoseq.data.arrays import DAMAGED, RowReader, reading
+from phenoseq.data.csr import CsrReader
 from phenoseq.data.splits import Split, SplitConfig, make_split
-from phenoseq.data.store import SCHEMA_VERSION, is_store
+from phenoseq.data.store import JsonManifest, is_store
 from phenoseq.errors import DataError
 
 #: The column of ``obs`` that names a cell's sample, in both tables.
@@ -35,7 +36,7 @@ SAMPLE = "sample_key"
 
 
 @dataclass(frozen=True)
-class SampleManifest:
+class SampleManifest(JsonManifest):
     """What a sample store holds; JSON in the attributes of its root group.
 
     Attributes
@@ -72,7 +73,6 @@ class SampleManifest:
         Fields of the images that could not be read, as in :class:`~phenoseq.data.store.Manifest`.
     """
 
-    schema_version: int
     pairing: str
     kind: str
     source: str
@@ -95,22 +95,6 @@ class SampleManifest:
     excluded: dict[str, dict[str, int]]
     version: str
     problems: tuple[dict[str, Any], ...] = ()
-
-    @classmethod
-    def from_json(cls, raw: Any, where: str) -> Self:
-        """Rebuild a manifest from JSON; :class:`DataError` where it is not one."""
-        if not isinstance(raw, dict) or raw.get("pairing") != "sample":
-            raise DataError(f"{where}: pairs images and RNA by cell; open it with Store")
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise DataError(
-                f"{where}: manifest of schema version {raw.get('schema_version')}, this phenoseq "
-                f"reads {SCHEMA_VERSION}; run 'phenoseq prepare' again with this version"
-            )
-        try:
-            lists = {k: tuple(raw[k]) for k in ("sample_columns", "channels", "genes", "symbols")}
-            return cls(**{**raw, **lists, "problems": tuple(raw.get("problems", ()))})
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{where}: broken manifest ({error}); prepare it again") from error
 
 
 class SampleStore:
@@ -146,7 +130,10 @@ class SampleStore:
                 f"{self.path.name} --rna RNA.h5ad --pair-by sample --sample-columns COLUMNS'"
             )
         self._group = zarr.open_group(self.path, mode="r")
-        self.manifest = SampleManifest.from_json(self._group.attrs["phenoseq"], str(self.path))
+        raw: Any = self._group.attrs["phenoseq"]
+        if not isinstance(raw, dict) or raw.get("pairing") != "sample":
+            raise DataError(f"{self.path}: pairs images and RNA by cell; open it with Store")
+        self.manifest = SampleManifest.from_json(raw, str(self.path))
         for name in ("table", "rna", "samples", "excluded"):
             if name not in self._group:
                 raise DataError(f"{self.path}/{name}: missing; {DAMAGED}")
@@ -204,20 +191,17 @@ class RnaReader:
 
     def __init__(self, group: zarr.Group, path: Path, embedding: str | None) -> None:
         """Open ``rna/`` of a store; :class:`DataError` where it is not whole."""
-        self._dense: RowReader | None = None
-        if embedding is not None:
-            obsm = _subgroup(group, "rna/obsm", path)
-            self._dense = RowReader(obsm, embedding, path / "rna" / "obsm")
-            rows, width = self._dense.array.shape
-            self.shape = (rows, width)
+        self._cells: RowReader | CsrReader
+        if embedding is None:
+            self._cells = CsrReader(group, "rna/X", path)
+            self.shape = self._cells.shape
             return
-        matrix = _subgroup(group, "rna/X", path)
-        at = path / "rna" / "X"
-        indptr = RowReader(matrix, "indptr", at)
-        self._indptr: NDArray[np.int64] = indptr.read(0, len(indptr))
-        self._data, self._indices = (RowReader(matrix, k, at) for k in ("data", "indices"))
-        shape: Any = matrix.attrs["shape"]
-        self.shape = (int(shape[0]), int(shape[1]))
+        obsm = group.get("rna/obsm")
+        if not isinstance(obsm, zarr.Group):
+            raise DataError(f"{path}/rna/obsm: missing; {DAMAGED}")
+        self._cells = RowReader(obsm, embedding, path / "rna" / "obsm")
+        rows, width = self._cells.array.shape
+        self.shape = (rows, width)
 
     def read(self, start: int, stop: int) -> NDArray[np.float32] | sparse.csr_matrix:
         """Return rows ``start`` to ``stop``, an embedding dense and genes as CSR.
@@ -227,18 +211,4 @@ class RnaReader:
         DataError
             Where a chunk is corrupt.
         """
-        if self._dense is not None:
-            return self._dense.read(start, stop)
-        ends = self._indptr[start : stop + 1]
-        data, at = (
-            array.read(int(ends[0]), int(ends[-1])) for array in (self._data, self._indices)
-        )
-        shape = (stop - start, self.shape[1])
-        return sparse.csr_matrix((data, at, ends - ends[0]), shape=shape)
-
-
-def _subgroup(group: zarr.Group, name: str, path: Path) -> zarr.Group:
-    found = group.get(name)
-    if not isinstance(found, zarr.Group):
-        raise DataError(f"{path}/{name}: missing; {DAMAGED}")
-    return found
+        return self._cells.read(start, stop)

@@ -14,11 +14,11 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 from scipy import sparse
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from phenoseq._version import __version__
-from phenoseq.data.arrays import RowWriter
+from phenoseq.data.arrays import RowWriter, create_rows
 from phenoseq.data.backed import Cells, Matrix
+from phenoseq.data.csr import CsrWriter
 from phenoseq.data.pairing import (
     SamplePairing,
     blocks,
@@ -27,12 +27,13 @@ from phenoseq.data.pairing import (
     pair_samples,
 )
 from phenoseq.data.samplestore import SAMPLE, SampleManifest, SampleStore
-from phenoseq.data.source import Source
-from phenoseq.data.store import (
-    SCHEMA_VERSION,
+from phenoseq.data.source import Problem, Source
+from phenoseq.data.store import SCHEMA_VERSION
+from phenoseq.data.storewriter import (
+    UNREADABLE,
     Progress,
+    check_ids,
     check_target,
-    create_rows,
     off_image,
     whole_or_nothing,
     write_crops,
@@ -41,8 +42,6 @@ from phenoseq.data.store import (
 from phenoseq.errors import DataError
 
 Rows = NDArray[np.int64]
-#: Stored values of a CSR matrix in a chunk, and in a shard.
-NNZ_CHUNK, NNZ_SHARD = 1 << 16, 1 << 21
 _ELSEWHERE = "no sample of that name on the other side"
 _BROKEN = "values that are not finite"
 
@@ -138,6 +137,8 @@ def write_sample_store(
         something is at ``path``, a file cannot be read, or the disk is full.
     """
     path = Path(path)
+    if isinstance(images, Source):
+        check_ids(images)
     check_target(path, overwrite=overwrite)
     pairing = pair_samples(images.obs, rna.obs, columns, f"{images.name} and {rna.name}")
     why = np.where(pairing.images < 0, _ELSEWHERE, "")
@@ -150,23 +151,22 @@ def write_sample_store(
     if not len(ours):
         raise DataError(f"{images.name}: no image cell is left: {_count(why)}")
     total = len(ours) + len(theirs)
-    with whole_or_nothing(path) as partial:
+    with whole_or_nothing(path, overwrite=overwrite) as partial:
         group = zarr.create_group(partial, zarr_format=3)
         if isinstance(images, Source):
             members = [m for m in _split_by(ours, pairing.images) if len(m)]
-            rows, stats = write_crops(
+            rows, stats, lost = write_crops(
                 images, members, group, pixel_size, crop_px, _shifted(progress, 0, total)
             )
-            about = _of_crops(images, pixel_size, crop_px, stats)
+            why[np.setdiff1d(ours, rows)] = UNREADABLE
+            about = _of_crops(images, pixel_size, crop_px, stats, lost)
             identity = images.identity
             table = ad.AnnData(obs=_obs(images.obs, rows, pairing.images, pairing))
             table.obsm["spatial"] = images.obs[["x_centroid", "y_centroid"]].to_numpy("f8")[rows]
         else:
             matrix = images.matrix("X")
-            array = create_rows(
-                group, "features", (0, matrix.shape[1]), np.dtype("f4"), ("cell", "feature"),
-                shuffle="shuffle",
-            )  # fmt: skip
+            shape, axes = (0, matrix.shape[1]), ("cell", "feature")
+            array = create_rows(group, "features", shape, np.dtype("f4"), axes)
             rows, identity = _copy(
                 images, matrix, ours, why, _Dense(array), _finite, _shifted(progress, 0, total)
             )
@@ -227,7 +227,11 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress | Non
 
 
 def _of_crops(
-    source: Source, pixel_size: float, crop_px: int, stats: list[dict[str, float]]
+    source: Source,
+    pixel_size: float,
+    crop_px: int,
+    stats: list[dict[str, float]],
+    lost: tuple[Problem, ...],
 ) -> dict[str, Any]:
     return {
         "kind": source.kind,
@@ -238,7 +242,7 @@ def _of_crops(
         "source_pixel_size": source.pixel_size,
         "dtype": source.dtype.name,
         "channel_stats": dict(zip(source.channels, stats, strict=True)),
-        "problems": tuple(asdict(problem) for problem in source.problems),
+        "problems": tuple(asdict(problem) for problem in (*source.problems, *lost)),
     }
 
 
@@ -262,52 +266,6 @@ class _Dense:
         self._writer.flush()
 
 
-class _Csr:
-    """Writes rows of a CSR matrix, as anndata lays it out."""
-
-    def __init__(self, group: zarr.Group, width: int) -> None:
-        self._group, self._width = group, width
-        self._data, self._indices = (
-            RowWriter(_flat(group, name, kind))
-            for name, kind in (("data", "f4"), ("indices", "i4"))
-        )
-        self._ends = [np.zeros(1, dtype=np.int64)]
-
-    def add(self, rows: Any) -> None:
-        rows = sparse.csr_matrix(rows)
-        rows.sort_indices()
-        self._data.add(rows.data)
-        self._indices.add(rows.indices)
-        self._ends.append(rows.indptr[1:].astype(np.int64) + self._ends[-1][-1])
-
-    def finish(self) -> None:
-        for writer in (self._data, self._indices):
-            writer.flush()
-        ends = np.concatenate(self._ends)
-        last = RowWriter(_flat(self._group, "indptr", "i8"))
-        last.add(ends)
-        last.flush()
-        self._group.attrs.update(
-            {
-                "encoding-type": "csr_matrix",
-                "encoding-version": "0.1.0",
-                "shape": [len(ends) - 1, self._width],
-            }
-        )
-
-
-def _flat(group: zarr.Group, name: str, dtype: str) -> zarr.Array[Any]:
-    return group.create_array(
-        name,
-        shape=(0,),
-        chunks=(NNZ_CHUNK,),
-        shards=(NNZ_SHARD,),
-        dtype=dtype,
-        compressors=(BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"), Crc32cCodec()),
-        config={"write_empty_chunks": True},
-    )
-
-
 def _write_rna(
     group: zarr.Group,
     rna: Cells,
@@ -325,16 +283,13 @@ def _write_rna(
     else:
         matrix, var, _ = rna.genes(genes, key=config.key, min_share=config.min_genes)
     write_element(group, "rna", ad.AnnData(obs=rna.obs.iloc[:0], var=var))  # obs comes last
-    writer: _Dense | _Csr
+    writer: _Dense | CsrWriter
     if config.embedding is not None:
         inside, shape, axes = group["rna/obsm"], (0, matrix.shape[1]), ("cell", "dim")
         assert isinstance(inside, zarr.Group)
-        array = create_rows(
-            inside, config.embedding, shape, np.dtype("f4"), axes, shuffle="shuffle"
-        )
-        writer = _Dense(array)
+        writer = _Dense(create_rows(inside, config.embedding, shape, np.dtype("f4"), axes))
     else:
-        writer = _Csr(group.create_group("rna/X"), matrix.shape[1])
+        writer = CsrWriter(group.create_group("rna/X"), matrix.shape[1])
     where = f"{rna.name}: {config.key}"
 
     def counted(block: Any) -> NDArray[np.str_]:
@@ -360,7 +315,7 @@ def _copy(
     matrix: Matrix,
     order: Rows,
     why: NDArray[np.object_],
-    writer: _Dense | _Csr,
+    writer: _Dense | CsrWriter,
     check: Callable[[Any], NDArray[np.str_]],
     progress: Progress | None,
 ) -> tuple[Rows, str]:

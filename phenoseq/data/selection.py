@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from phenoseq.channels import canonical
-from phenoseq.data.dataset import Batch, CellStream
+from phenoseq.data.dataset import CellStream
+from phenoseq.data.handover import Arrays, Batch, Spec, fresh
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError
 
@@ -95,9 +96,13 @@ class SelectedStream(CellStream):
         self._channels = store.channel_rows
         self._genes = store.gene_rows
 
+    def _new(self, number: int) -> Callable[[Spec], tuple[Batch, Arrays]]:
+        return fresh  # what is handed over is the selection
+
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over the batches of this rank and worker."""
         for batch in super().__iter__():
+            assert isinstance(batch, dict)
             images, counts = batch["images"][:, self._channels], batch["counts"][:, self._genes]
             yield batch | {"images": images, "counts": counts}
 

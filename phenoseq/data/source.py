@@ -75,6 +75,9 @@ class Problem:
     reason: str
     cells: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -146,8 +149,59 @@ def digest_of(
     return digest.hexdigest()
 
 
-def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
-    """Warn of the fields that are left out; stop where they are too many.
+class Lost:
+    """Cells whose pixels turn out to be unreadable; stops where they are too many.
+
+    Attributes
+    ----------
+    problems
+        What cannot be read.
+    cells
+        Cells that are lost with it.
+    """
+
+    def __init__(self, name: str, n: int) -> None:
+        self.problems: list[Problem] = []
+        self.cells = 0
+        self._name, self._n = name, n
+
+    def add(self, rows: NDArray[np.int64], problem: Problem) -> None:
+        """Record what cannot be read, and the cells that are lost with it.
+
+        Raises
+        ------
+        DataError
+            Where that makes it more than a fifth of all cells (:data:`MAX_PROBLEMS`).
+        """
+        self.problems.append(problem)
+        self.cells += len(rows)
+        if self.cells > MAX_PROBLEMS * self._n:
+            raise DataError(
+                f"{self._name}: the images of {self.cells} of {self._n} cells so far cannot be "
+                f"read, more than {MAX_PROBLEMS:.0%}: mend or remove them{_shown(self.problems)}"
+            )
+
+    def tell(self) -> None:
+        """Warn of what was lost, if anything."""
+        if self.problems:
+            warnings.warn(
+                f"{self._name}: {len(self.problems)} images cannot be read; {self.cells} of "
+                f"{self._n} cells are left out (recorded in what is written)"
+                f"{_shown(self.problems)}",
+                PhenoseqWarning,
+                stacklevel=3,
+            )
+
+
+def _shown(problems: Sequence[Problem]) -> str:
+    more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return "".join(f"\n  {p}" for p in problems[:5]) + more
+
+
+def tell_problems(
+    problems: Sequence[Problem], n_read: int, name: str, what: str = "fields"
+) -> None:
+    """Warn of the fields (or wells) that are left out; stop where they are too many.
 
     Parameters
     ----------
@@ -157,6 +211,8 @@ def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
         Fields that are there.
     name
         What the source is called.
+    what
+        What the problems are of.
 
     Raises
     ------
@@ -166,17 +222,18 @@ def tell_problems(problems: Sequence[Problem], n_read: int, name: str) -> None:
     if not problems:
         return
     n, cells = len(problems), sum(p.cells for p in problems)
-    shown = "".join(f"\n  {p.where}: {p.reason}" for p in problems[:5])
-    more = f"\n  and {n - 5} more" if n > 5 else ""
+    shown = _shown(problems)
+    if n == 1 and not n_read:
+        raise DataError(problems[0].reason)
     if n > MAX_PROBLEMS * (n + n_read):
         raise DataError(
-            f"{name}: {n} of {n + n_read} fields cannot be used, more than {MAX_PROBLEMS:.0%}: "
-            f"mend or remove them{shown}{more}"
+            f"{name}: {n} of {n + n_read} {what} cannot be used, more than {MAX_PROBLEMS:.0%}: "
+            f"mend or remove them{shown}"
         )
     warnings.warn(
-        f"{name}: {n} of {n + n_read} fields cannot be used and are left out"
+        f"{name}: {n} of {n + n_read} {what} cannot be used and are left out"
         + (f", with {cells} cells" if cells else "")
-        + f" (recorded in what is written){shown}{more}",
+        + f" (recorded in what is written){shown}",
         PhenoseqWarning,
         stacklevel=3,
     )

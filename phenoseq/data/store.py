@@ -10,17 +10,11 @@ Layout::
 
 from __future__ import annotations
 
-import glob
 import json
-import math
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import anndata as ad
 import numpy as np
@@ -28,24 +22,38 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 from scipy import sparse
-from zarr.codecs import BloscCodec, Crc32cCodec
 
-from phenoseq._version import __version__
-from phenoseq.data.arrays import DAMAGED, RowReader, RowWriter, reading
-from phenoseq.data.crops import crop_order, iter_crops, outside
-from phenoseq.data.source import Source
-from phenoseq.disk import room_for
+from phenoseq.data.arrays import DAMAGED, RowReader, reading
+from phenoseq.data.csr import CsrReader
 from phenoseq.errors import DataError
 
 SCHEMA_VERSION = 1
-#: Most cells in a chunk (the least that is decoded) and in a shard (one file), and most bytes of a
-#: chunk's crops, by which there are fewer cells where crops are large.
-CHUNK, SHARD, CHUNK_BYTES = 64, 1024, 1 << 20
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Manifest:
+class JsonManifest:
+    """A manifest that is rebuilt from the JSON that its fields became."""
+
+    schema_version: int
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str) -> Self:
+        """Rebuild a manifest from JSON; :class:`DataError` where it is not one."""
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{where}: manifest of schema version {version}, this phenoseq reads "
+                f"{SCHEMA_VERSION}; run 'phenoseq prepare' again with this version"
+            )
+        listed = [f.name for f in fields(cls) if str(f.type).startswith("tuple")]
+        try:
+            return cls(**{**raw, **{name: tuple(raw[name]) for name in listed if name in raw}})
+        except TypeError as error:
+            raise DataError(f"{where}: broken manifest ({error}); prepare it again") from error
+
+
+@dataclass(frozen=True)
+class Manifest(JsonManifest):
     """What a store holds; JSON in the attributes of its root group.
 
     Attributes
@@ -77,7 +85,6 @@ class Manifest:
         (:class:`~phenoseq.data.source.Problem`).
     """
 
-    schema_version: int
     kind: str
     source: str
     identity: str
@@ -100,21 +107,6 @@ class Manifest:
         """Width of a crop in micrometres."""
         return self.pixel_size * self.crop_px
 
-    @classmethod
-    def from_json(cls, raw: Any, where: str) -> Self:
-        """Rebuild a manifest from JSON; :class:`DataError` where it is not one."""
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{where}: manifest of schema version {version}, this phenoseq reads "
-                f"{SCHEMA_VERSION}; run 'phenoseq prepare' again with this version"
-            )
-        try:
-            lists = {k: tuple(raw[k]) for k in ("channels", "genes", "symbols")}
-            return cls(**{**raw, **lists, "problems": tuple(raw.get("problems", ()))})
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{where}: broken manifest ({error}); prepare it again") from error
-
 
 class Store:
     """A prepared store, opened for reading.
@@ -127,6 +119,8 @@ class Store:
         What it holds.
     crops
         Zarr array ``(n_obs, C, H, W)``.
+    images
+        The same, read by rows.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -155,17 +149,22 @@ class Store:
         for name in ("table", "excluded"):
             if name not in group:
                 raise DataError(f"{self.path}/{name}: missing; {DAMAGED}")
-        self._cells = RowReader(group, "crops", self.path)
-        self.crops = self._cells.array
+        self.images = RowReader(group, "crops", self.path)
+        self.crops = self.images.array
+
+    @cached_property
+    def rna(self) -> CsrReader:
+        """The raw counts, read by rows."""
+        return CsrReader(self._group, "table/X", self.path)
 
     def __len__(self) -> int:
         """Return the number of cells."""
-        return len(self._cells)
+        return len(self.images)
 
     @property
     def shard(self) -> int:
         """Cells in a shard, whose crops are one file."""
-        return self._cells.shard
+        return self.images.shard
 
     def table(self) -> ad.AnnData:
         """Return the expression table: raw counts (CSR), ``obs``, ``var``, ``obsm["spatial"]``.
@@ -193,16 +192,14 @@ class Store:
         DataError
             Where they cannot be read.
         """
-        with reading(self.path / "table/X"):
-            matrix = ad.io.sparse_dataset(self._group["table/X"])
-            parts, order = [], []
-            for run, start, stop in self._cells.runs(rows):
-                parts.append(sparse.csr_matrix(matrix[start:stop])[rows[run] - start])
-                order.append(run)
-            if not parts:
-                return sparse.csr_matrix((0, len(self.manifest.genes)), dtype=np.float32)
-            back = np.argsort(np.concatenate(order))
-            return sparse.vstack(parts, format="csr")[back]
+        parts, order = [], []
+        for run, start, stop in self.images.runs(rows):
+            parts.append(self.rna.read(start, stop)[rows[run] - start])
+            order.append(run)
+        if not parts:
+            return sparse.csr_matrix((0, self.rna.shape[1]), dtype=np.float32)
+        back = np.argsort(np.concatenate(order))
+        return sparse.vstack(parts, format="csr")[back]
 
     def all_cells(self) -> pd.DataFrame:
         """Return field and position of every cell of the source, also those not in the store."""
@@ -220,11 +217,11 @@ class Store:
         DataError
             Where a chunk is corrupt.
         """
-        return self._cells.read(start, stop)
+        return self.images.read(start, stop)
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the crops of ``rows`` in that order; chunks side by side are read at once."""
-        return self._cells.take(rows)
+        return self.images.take(rows)
 
 
 def is_store(path: str | Path) -> bool:
@@ -234,260 +231,3 @@ def is_store(path: str | Path) -> bool:
         return "phenoseq" in node["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def write_store(
-    source: Source,
-    path: str | Path,
-    *,
-    pixel_size: float = 0.425,
-    crop_px: int = 64,
-    min_counts: int = 20,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Store:
-    """Write a source with expression as a store, whole or not at all.
-
-    Cells outside the image, cut by its border, without counts, or with fewer than ``min_counts``
-    are left out; they stand in ``excluded`` with the reason, and their number in the manifest.
-
-    Parameters
-    ----------
-    source
-        Images, cells and counts.
-    path
-        Where to write. Nothing is there until all is written.
-    pixel_size, crop_px
-        Micrometres a pixel of the crops, and their side in pixels.
-    min_counts
-        Least counts of a cell.
-    overwrite
-        Replace the store that is there, once the new one is whole.
-    progress
-        Called with (cells done, cells in all).
-
-    Raises
-    ------
-    DataError
-        Where the source has no counts, no cell is left, something is at ``path``, an image
-        cannot be read, or the disk is full.
-    """
-    path = Path(path)
-    if source.counts is None or source.var is None:
-        raise DataError(
-            f"{source.name}: no count matrix, so there is nothing to train on; to predict, give "
-            "this source to 'phenoseq predict' as it is"
-        )
-    check_target(path, overwrite=overwrite)
-    reason = _exclusions(source, pixel_size, crop_px, min_counts)
-    keep = reason == ""
-    if not keep.any():
-        why = pd.Series(reason).value_counts().to_dict()
-        raise DataError(f"{source.name}: no cell is left to store; all are left out: {why}")
-    with whole_or_nothing(path) as partial:
-        group = zarr.create_group(partial, zarr_format=3)
-        kept = np.flatnonzero(keep)
-        rows, stats = write_crops(source, [kept], group, pixel_size, crop_px, progress)
-        obs = source.obs.iloc[rows].copy()
-        obs["total_counts"] = np.asarray(source.counts[rows].sum(axis=1)).ravel()
-        table = ad.AnnData(
-            source.counts[rows],
-            obs=obs,
-            var=source.var,
-            obsm={"spatial": obs[["x_centroid", "y_centroid"]].to_numpy(np.float64)},
-        )
-        excluded = source.obs[~keep].copy()
-        excluded["reason"] = reason[~keep]
-        write_element(group, "table", table)
-        write_element(group, "excluded", excluded)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            kind=source.kind,
-            source=Path(source.name).name,
-            identity=source.identity,
-            pairing="cell",
-            channels=source.channels,
-            pixel_size=pixel_size,
-            crop_px=crop_px,
-            source_pixel_size=source.pixel_size,
-            dtype=source.dtype.name,
-            genes=tuple(source.var.index),
-            symbols=tuple(source.var["symbol"]),
-            channel_stats=dict(zip(source.channels, stats, strict=True)),
-            min_counts=min_counts,
-            excluded={str(k): int(v) for k, v in excluded["reason"].value_counts().items()},
-            version=__version__,
-            problems=tuple(asdict(problem) for problem in source.problems),
-        )
-        group.attrs["phenoseq"] = asdict(manifest)
-    return Store(path)
-
-
-def _exclusions(
-    source: Source, pixel_size: float, crop_px: int, min_counts: int
-) -> NDArray[np.str_]:
-    """Return why each cell is left out, empty where it is kept."""
-    assert source.counts is not None
-    total = np.asarray(source.counts.sum(axis=1)).ravel()
-    reason = off_image(source, pixel_size, crop_px)
-    conditions = {
-        "no counts": total == 0,
-        f"fewer than {min_counts} counts": total < min_counts,
-    }
-    few = np.select(list(conditions.values()), list(conditions), default="")
-    return np.where(reason == "", few, reason)
-
-
-def off_image(source: Source, pixel_size: float, crop_px: int) -> NDArray[np.str_]:
-    """Return why a cell's crop cannot be had whole, empty where it can, ``(n_obs,)``."""
-    off = outside(source)
-    half = pixel_size * crop_px / 2
-    x, y = source.obs["x_centroid"].to_numpy(), source.obs["y_centroid"].to_numpy()
-    full = {name: image.levels[0] for name, image in source.fields.items()}
-    field = source.obs["field"].astype(object)
-    height, width = (
-        field.map({n: level.shape[k] * level.pixel_size for n, level in full.items()}).to_numpy()
-        for k in (0, 1)
-    )
-    border = (x < half) | (y < half) | (x > width - half) | (y > height - half)
-    conditions = {"outside the image": off, "cut by the border": border}
-    return np.select(list(conditions.values()), list(conditions), default="")
-
-
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Check that a store may be written to ``path``; raises :class:`DataError` where not."""
-    if path.exists() and not is_store(path):
-        raise DataError(f"{path}: exists already and is no store; choose another name")
-    if path.exists() and not overwrite:
-        raise DataError(f"{path}: exists already; remove it, or use --overwrite")
-
-
-def write_element(group: zarr.Group, name: str, element: Any) -> None:
-    """Write an AnnData or data frame into a store."""
-    with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*autosharding")
-        ad.io.write_elem(group, name, element)
-
-
-def create_rows(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    axes: Sequence[str],
-    *,
-    shuffle: Literal["bitshuffle", "shuffle"] = "bitshuffle",
-) -> zarr.Array[Any]:
-    """Create an array with a row a cell, ``shape``, in chunks of about a megabyte inside shards."""
-    chunk = min(CHUNK, max(CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize), 1))
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=(chunk, *shape[1:]),
-        shards=(SHARD // CHUNK * chunk, *shape[1:]),
-        dtype=dtype,
-        compressors=(BloscCodec(cname="zstd", clevel=3, shuffle=shuffle), Crc32cCodec()),
-        dimension_names=axes,
-        config={"write_empty_chunks": True},
-    )
-
-
-def write_crops(
-    source: Source,
-    groups: Sequence[NDArray[np.int64]],
-    group: zarr.Group,
-    pixel_size: float,
-    crop_px: int,
-    progress: Progress | None,
-) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
-    """Write the crops of some cells, one group of cells after the other.
-
-    Returns
-    -------
-    The cells in the order of the crops (within a group that in which the image is read), and the
-    statistics of each channel.
-    """
-    rows = np.concatenate(
-        [
-            members[crop_order(_images_of(source, members), pixel_size, crop_px)]
-            for members in groups
-        ]
-    )
-    shape = (len(rows), len(source.channels), crop_px, crop_px)
-    axes = ("cell", "channel", "y", "x")
-    writer = RowWriter(create_rows(group, "crops", shape, source.dtype, axes))
-    histogram = _Histogram(len(source.channels), source.dtype)
-    done = 0
-    for batch in iter_crops(source, pixel_size, crop_px, batch_size=CHUNK, rows=rows):
-        histogram.add(batch.images)
-        writer.add(batch.images)
-        done += len(batch.rows)
-        if progress is not None:
-            progress(done, len(rows))
-    writer.flush()
-    return rows, histogram.stats()
-
-
-def _images_of(source: Source, rows: NDArray[np.int64]) -> Source:
-    return replace(source, obs=source.obs.iloc[rows], counts=None, var=None)
-
-
-class _Histogram:
-    """Counts pixel values of each channel, so that percentiles need no second pass."""
-
-    BINS = 65536
-
-    def __init__(self, n_channels: int, dtype: np.dtype[Any]) -> None:
-        top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
-        self._step = max((float(top) + 1) / self.BINS, 1.0) if top > 1 else 1.0 / self.BINS
-        self._counts = np.zeros((n_channels, self.BINS), dtype=np.int64)
-        self._sum = np.zeros(n_channels)
-        self._square = np.zeros(n_channels)
-
-    def add(self, images: NDArray[Any]) -> None:
-        for c in range(images.shape[1]):
-            values = images[:, c].ravel()
-            bins = np.clip((values / self._step).astype(np.int64), 0, self.BINS - 1)
-            self._counts[c] += np.bincount(bins, minlength=self.BINS)
-            self._sum[c] += values.sum(dtype=np.float64)
-            self._square[c] += np.square(values, dtype=np.float64).sum()
-
-    def stats(self) -> list[dict[str, float]]:
-        n = self._counts.sum(axis=1)
-        mean = self._sum / n
-        std = np.sqrt(np.maximum(self._square / n - mean**2, 0))
-        reached = np.cumsum(self._counts, axis=1) >= 0.999 * n[:, None]
-        p999 = np.argmax(reached, axis=1) * self._step
-        return [
-            {"mean": float(m), "std": float(s), "p999": float(p)}
-            for m, s, p in zip(mean, std, p999, strict=True)
-        ]
-
-
-@contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """Give a folder beside ``path`` to write to, which becomes ``path`` when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        pid = stale.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with room_for(path, "nothing was written"):
-            yield partial / "new"
-            if path.exists():  # moved as a whole, since half a store would look like one
-                path.rename(partial / "old")
-            (partial / "new").rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

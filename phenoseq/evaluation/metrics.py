@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phenoseq.evaluation.pairs import energy_distance, subsample
+from phenoseq.evaluation.pairs import energy_distance, maximum_mean_discrepancy, subsample
 
 Matrix = NDArray[np.floating]
 
@@ -48,6 +48,41 @@ def e_distance(true: Matrix, draw: Matrix, seed: int = 0) -> tuple[float, float]
     them. The standard error is that of the U-statistic over cells.
     """
     return energy_distance(pair_cells(true, seed), pair_cells(draw, seed))
+
+
+def mmd_rbf(true: Matrix, draw: Matrix, seed: int = 0) -> tuple[float, float]:
+    """Return the squared, unbiased maximum mean discrepancy, and its standard error.
+
+    Gaussian kernels of five bandwidths about the median distance; cells as for
+    :func:`e_distance`. See :func:`~phenoseq.evaluation.pairs.maximum_mean_discrepancy`.
+    """
+    return maximum_mean_discrepancy(pair_cells(true, seed), pair_cells(draw, seed))
+
+
+def coexpression(profiles: Matrix) -> NDArray[np.float64]:
+    """Return the Pearson correlations between genes, ``(g, g)``, 0 where one is constant."""
+    away = profiles - profiles.mean(axis=0, dtype=np.float64)
+    return correlations(away.T @ away / len(away), (profiles**2).mean(axis=0, dtype=np.float64))
+
+
+def correlations(
+    covariance: NDArray[np.float64], square: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Turn covariances ``(..., g, g)`` to correlations, 0 for genes that are constant.
+
+    ``square`` is the mean of the squares of each gene, ``(..., g)``, which tells rounding from
+    variance.
+    """
+    variance = np.diagonal(covariance, axis1=-2, axis2=-1)
+    varies = variance > 1e-12 * square
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
+    return covariance * scale[..., None] * scale[..., None, :]
+
+
+def coexpression_error(true: Matrix, draw: Matrix) -> float:
+    """Return the mean absolute difference of the gene-gene correlations, upper triangle."""
+    upper = np.triu_indices(true.shape[1], 1)
+    return float(np.abs(coexpression(true) - coexpression(draw))[upper].mean())
 
 
 def pair_cells(matrix: Matrix, seed: int = 0) -> Tensor:

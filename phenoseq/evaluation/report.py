@@ -1,18 +1,15 @@
-"""Scores a prediction and its baselines on the same cells, and lays them out as one table."""
+"""Scores of a prediction and of the baselines beside it, as one table."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import anndata as ad
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-
-from phenoseq.errors import DataError
-from phenoseq.evaluation.metrics import e_distance, mse, pcc_gene, variance_ratio
 
 #: Not scored are cells below this many counts, and genes seen in no more than this share.
 MIN_COUNTS, MIN_SEEN = 20, 0.02
@@ -32,6 +29,16 @@ class Scores:
         Mean squared error of the mean.
     variance_ratio, e_distance, e_distance_se
         Of one draw (for a method without draws, of its mean).
+    mmd_rbf, mmd_rbf_se, coexpression_error
+        Of one draw as well.
+    crps, energy_score
+        Of all draws; a method without draws forecasts a point.
+    coverage
+        Share of the randomised PIT inside the central interval of each level.
+    intervals
+        Block-bootstrap intervals over groups, 95%, by the name of the score.
+    differences
+        The same of the first prediction's score less this one's.
     """
 
     name: str
@@ -42,6 +49,60 @@ class Scores:
     variance_ratio: float
     e_distance: float
     e_distance_se: float
+    mmd_rbf: float | None = None
+    mmd_rbf_se: float | None = None
+    coexpression_error: float | None = None
+    crps: float | None = None
+    energy_score: float | None = None
+    coverage: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    differences: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+#: Columns of the table: score, heading, and decimals.
+COLUMNS = (
+    ("pcc_gene_median", "median `pcc_gene`", 3),
+    ("pcc_gene_mean", "mean", 3),
+    ("pcc_gene_top50", "top 50", 3),
+    ("mse", "MSE", 4),
+    ("variance_ratio", "`variance_ratio`", 2),
+    ("e_distance", "`e_distance`", 3),
+    ("coexpression_error", "`coexpression_error`", 3),
+    ("crps", "`crps`", 4),
+    ("energy_score", "`energy_score`", 3),
+)
+
+
+def markdown(scores: list[Scores]) -> str:
+    """Lay the scores out as a Markdown table, without columns that no prediction has."""
+    columns = [c for c in COLUMNS if any(getattr(s, c[0]) is not None for s in scores)]
+    lines = [
+        "| | " + " | ".join(heading for _, heading, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for s in scores:
+        cells = []
+        for name, _, digits in columns:
+            value = getattr(s, name)
+            text = "" if value is None else f"{value:.{digits}f}"
+            cells.append(f"{text} ± {s.e_distance_se:.3f}" if name == "e_distance" else text)
+        lines.append(f"| {s.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def as_json(scores: list[Scores], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores and the facts they rest on, as plain JSON; what is not a number is None."""
+    raw: dict[str, Any] = plain({**facts, "scores": [asdict(s) for s in scores]})
+    return raw
+
+
+def plain(value: Any) -> Any:
+    """Return a value with None for what is no number, at any depth, and lists for tuples."""
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def normalised(counts: sparse.spmatrix, median: float) -> NDArray[np.float32]:
@@ -55,83 +116,3 @@ def scored_genes(training_counts: sparse.spmatrix) -> NDArray[np.bool_]:
     """Tell which genes are seen in more than 2% of the training cells."""
     seen = np.asarray((training_counts > 0).mean(axis=0)).ravel()
     return seen > MIN_SEEN
-
-
-def score(
-    name: str, truth: NDArray[np.float32], prediction: ad.AnnData, genes: NDArray[np.bool_]
-) -> tuple[Scores, NDArray[np.float64]]:
-    """Score one prediction.
-
-    Parameters
-    ----------
-    name
-        Of the model or baseline.
-    truth
-        True expression of the same cells and genes, ``(n, g)``.
-    prediction
-        ``X`` the mean; ``layers["draw"]`` one draw, where the method has any.
-    genes
-        Which genes are scored, ``(g,)``.
-
-    Returns
-    -------
-    The scores, and ``pcc_gene`` of every gene, NaN where it is not scored.
-
-    Raises
-    ------
-    DataError
-        Where cells or genes do not match, or no gene is scored.
-    """
-    if prediction.shape != truth.shape:
-        raise DataError(f"{name}: predicts {prediction.shape}, the truth is {truth.shape}")
-    if not genes.any():
-        raise DataError("no gene is seen in more than 2% of the training cells; nothing to score")
-    mean = _dense(prediction.X)
-    draw = _dense(prediction.layers["draw"]) if "draw" in prediction.layers else mean
-    each = np.full(truth.shape[1], np.nan)
-    each[genes] = pcc_gene(truth[:, genes], mean[:, genes])
-    ranked = np.sort(each[genes])[::-1]
-    distance, error = e_distance(truth[:, genes], draw[:, genes])
-    scores = Scores(
-        name=name,
-        pcc_gene_median=float(np.median(ranked)),
-        pcc_gene_mean=float(ranked.mean()),
-        pcc_gene_top50=float(ranked[:50].mean()),
-        mse=mse(truth[:, genes], mean[:, genes]),
-        variance_ratio=variance_ratio(truth[:, genes], draw[:, genes]),
-        e_distance=distance,
-        e_distance_se=error,
-    )
-    return scores, each
-
-
-def score_all(
-    truth: NDArray[np.float32], predictions: Mapping[str, ad.AnnData], genes: NDArray[np.bool_]
-) -> tuple[list[Scores], dict[str, NDArray[np.float64]]]:
-    """Score the model and every baseline on the same cells; see :func:`score`."""
-    both = {name: score(name, truth, p, genes) for name, p in predictions.items()}
-    return [s for s, _ in both.values()], {name: each for name, (_, each) in both.items()}
-
-
-def markdown(scores: list[Scores]) -> str:
-    """Lay the scores out as a Markdown table."""
-    lines = [
-        "| | median `pcc_gene` | mean | top 50 | MSE | `variance_ratio` | `e_distance` |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for s in scores:
-        lines.append(
-            f"| {s.name} | {s.pcc_gene_median:.3f} | {s.pcc_gene_mean:.3f} | "
-            f"{s.pcc_gene_top50:.3f} | {s.mse:.4f} | {s.variance_ratio:.2f} | "
-            f"{s.e_distance:.3f} ± {s.e_distance_se:.3f} |"
-        )
-    return "\n".join(lines)
-
-
-def as_json(scores: list[Scores], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores and the facts they rest on, as plain JSON."""
-    return {**facts, "scores": [asdict(s) for s in scores]}
-
-
-def _dense(matrix: Any) -> NDArray[np.float32]:
-    return np.asarray(matrix.todense() if sparse.issparse(matrix) else matrix, dtype=np.float32)

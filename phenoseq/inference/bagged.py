@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,22 +12,23 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
 from phenoseq._version import __version__
-from phenoseq.data.backed import Cells, Matrix
+from phenoseq.data.backed import Cells, Matrix, dense
 from phenoseq.data.bags import Bags, constant_metadata, make_bags
 from phenoseq.errors import DataError, PhenoseqWarning
+from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.predictor import pick_device
 from phenoseq.inference.randomness import bag_normals
-from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
 from phenoseq.models.files import digest_of_model
+from phenoseq.models.givenfeatures import GivenFeatures
 from phenoseq.models.published import PublishedPhenoSeq, published_times
+from phenoseq.models.sample import SamplePhenoSeq
 
 #: Bags encoded, and sampled, at once.
 BATCH = 32
 #: Batches in a block of a file.
-_BLOCK = 8
+BLOCK = 8
 #: Bytes of features held in memory, and of those that are checked at once.
 _HELD, _CHECKED = 512 << 20, 64 << 20
 #: Deviations of features from the training ones between which nothing is said.
@@ -80,12 +81,13 @@ def bag_job(
     config, where = model.config, features.name
     bags = make_bags(features.obs, sample, size=config.bag_size, seed=seed, where=where)
     place = pick_device(device)
-    matrix, what = _checked(features, model), describe_features(model)
+    matrix, what = checked(features, reads(model)), describe_features(reads(model))
     model = model.to(place).eval()
     width = config.sizes.embedding
 
     def compute(rows: Rows) -> Iterator[Part]:
-        for number, (some, cells) in enumerate(_batches(matrix, bags, rows, batch_size)):
+        parts = batches(rows_of(matrix), 4 * matrix.shape[1], bags, rows, batch_size)
+        for number, (some, cells) in enumerate(parts):
             with torch.inference_mode():
                 read = torch.from_numpy(cells).to(place)
                 away = (read - model.features_mean) / model.features_std
@@ -98,7 +100,7 @@ def bag_job(
                     published_steps=published_steps,
                 )
             if number == 0:
-                _tell(strange, what, where)
+                tell_strange(strange, what, where)
             draws = made.transpose(0, 1).float().cpu().numpy()
             layers = {f"layers/draw_{k}": draw for k, draw in enumerate(draws)}
             yield some, {"X": draws[0], **layers, "obs/ood_score": strange}
@@ -115,11 +117,11 @@ def bag_job(
         "seed": seed,
         "n_samples": n_samples,
         **_sampling(model, steps, published_steps),
-        "origin": asdict(config.origin),
+        "origin": plain(asdict(config.origin)),
     }
     if features.record:  # what they were made of, and how
         record["features"] = features.record
-    obs = _obs(features, bags, sample)
+    obs = bag_obs(features.obs, bags, sample)
     return Job(
         fields=(
             Field("X", width),
@@ -127,35 +129,46 @@ def bag_job(
             Field("obs/ood_score", 0),
         ),
         order=np.arange(len(bags.names)),
-        block=_BLOCK * batch_size,
+        block=BLOCK * batch_size,
         compute=compute,
         obs=obs,
         var=pd.DataFrame(index=pd.Index([f"{config.embedding}_{i}" for i in range(width)])),
         uns={"phenoseq": record},
-        plan=_plain(record) | {"cells": digest_of_table(obs), "weights": digest_of_model(model)},
+        plan=plain(record) | {"cells": digest_of_table(obs), "weights": digest_of_model(model)},
     )
 
 
-def describe_features(model: PublishedPhenoSeq) -> str:
+def reads(model: PublishedPhenoSeq | SamplePhenoSeq) -> GivenFeatures:
+    """Return which features a model reads."""
+    if isinstance(model, PublishedPhenoSeq):
+        how = model.config.features
+        width = model.config.sizes.features
+        return GivenFeatures(how.extractor, how.channels, how.crop_px, width)
+    assert isinstance(model.config.cells, GivenFeatures)
+    return model.config.cells
+
+
+def describe_features(how: GivenFeatures) -> str:
     """Say in a line which image features a model reads."""
-    how = model.config.features
+    if not how.channels:
+        return f"{how.extractor}, not normalised"
     return (
         f"{how.extractor} on crops of {how.crop_px} px, one stain at a time in the order "
         f"{', '.join(how.channels)}, not normalised"
     )
 
 
-def _checked(features: Cells, model: PublishedPhenoSeq) -> Matrix:
+def checked(features: Cells, how: GivenFeatures) -> Matrix:
     """Return the features of the cells, of which each must be a finite number."""
-    matrix, size = features.matrix("X"), model.config.sizes.features
+    matrix, size = features.matrix("X"), how.width
     if matrix.shape[1] != size:
         raise DataError(
             f"{features.name}: {matrix.shape[1]} features a cell, the model reads {size}: "
-            f"{describe_features(model)}"
+            f"{describe_features(how)}"
         )
     broken, first, step = 0, "", max(_CHECKED // (4 * size), 1)
     for start in range(0, matrix.shape[0], step):
-        bad = np.flatnonzero(~np.isfinite(_dense(matrix[start : start + step])).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(dense(matrix[start : start + step])).all(axis=1))
         if len(bad) and not broken:
             first = str(features.obs.index[start + bad[0]])
         broken += len(bad)
@@ -167,11 +180,7 @@ def _checked(features: Cells, model: PublishedPhenoSeq) -> Matrix:
     return matrix
 
 
-def _dense(block: NDArray[np.float32] | sparse.csr_matrix) -> NDArray[np.float32]:
-    return block.toarray() if sparse.issparse(block) else block  # type: ignore[no-any-return]
-
-
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
+def plain(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record as plain JSON, as files have arrays for lists."""
     plain: dict[str, Any] = json.loads(
         json.dumps(record, default=lambda value: np.asarray(value).tolist())
@@ -179,19 +188,32 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _batches(
-    features: Matrix, bags: Bags, chosen: Rows, batch_size: int
+def rows_of(matrix: Matrix) -> Callable[[Rows], NDArray[np.float32]]:
+    """Return what reads rows of a matrix, dense."""
+    return lambda rows: dense(matrix.take(rows))
+
+
+def batches(
+    read: Callable[[Rows], NDArray[np.float32]],
+    cell_bytes: int,
+    bags: Bags,
+    chosen: Rows,
+    batch_size: int,
 ) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
-    """Yield bags and their cells' features, ``(B, N, F)``, holding only some cells in memory."""
-    fit = _HELD // (4 * features.shape[1] * bags.rows.shape[1])
+    """Yield bags and what is read of their cells, ``(B, N, ...)``, holding only some in memory.
+
+    ``read`` is asked for rows that rise, each of them once, and a row is of ``cell_bytes``.
+    """
+    fit = _HELD // (cell_bytes * bags.rows.shape[1])
     at_once = max(fit // batch_size, 1) * batch_size
     for first in range(0, len(chosen), at_once):
         some = chosen[first : first + at_once]
         wanted, places = np.unique(bags.rows[some], return_inverse=True)
-        held = _dense(features.take(wanted))
+        held = read(wanted)
         places = places.reshape(len(some), -1)
         for start in range(0, len(some), batch_size):
             yield some[start : start + batch_size], held[places[start : start + batch_size]]
+        del held  # before the next are read
 
 
 def _sampling(model: PublishedPhenoSeq, steps: int | None, published: bool) -> dict[str, Any]:
@@ -203,7 +225,8 @@ def _sampling(model: PublishedPhenoSeq, steps: int | None, published: bool) -> d
     return {"sampler": how.sampler, "steps": steps, "published_steps": False}
 
 
-def _tell(strange: NDArray[np.float32], what: str, where: str) -> None:
+def tell_strange(strange: NDArray[np.float32], what: str, where: str) -> None:
+    """Warn where cells are unlike the training ones, by the median of their score."""
     middle = float(np.median(strange))
     if not _FAMILIAR[0] <= middle <= _FAMILIAR[1]:
         warnings.warn(
@@ -214,14 +237,15 @@ def _tell(strange: NDArray[np.float32], what: str, where: str) -> None:
         )
 
 
-def _obs(features: Cells, bags: Bags, sample: str) -> pd.DataFrame:
-    ids = features.obs.index.to_numpy()
-    obs = constant_metadata(features.obs, bags).drop(columns=sample, errors="ignore")
+def bag_obs(cells: pd.DataFrame, bags: Bags, sample: str) -> pd.DataFrame:
+    """Return ``obs`` of bags: their sample, what it says alike of its cells, and their cells."""
+    ids = cells.index.to_numpy()
+    obs = constant_metadata(cells, bags).drop(columns=sample, errors="ignore")
     obs.insert(0, sample, bags.samples)
     obs["n_cells"] = bags.n_cells
     obs["filled"] = bags.n_cells < bags.rows.shape[1]
-    if "cut_by_border" in features.obs:
-        cut = features.obs["cut_by_border"].to_numpy(bool)
+    if "cut_by_border" in cells:
+        cut = cells["cut_by_border"].to_numpy(bool)
         obs["n_cut_by_border"] = [
             int(cut[rows[:own]].sum()) for rows, own in zip(bags.rows, bags.n_cells, strict=True)
         ]

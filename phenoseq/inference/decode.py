@@ -16,7 +16,7 @@ from scipy import sparse
 from phenoseq._version import __version__
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.neighbours import Backend, Neighbours, Search, make_search, nearest
-from phenoseq.inference.reference import Reference, open_reference, take_rows
+from phenoseq.inference.reference import Reference, open_reference
 from phenoseq.inference.writer import check_out, write_whole
 from phenoseq.progress import bar
 
@@ -101,37 +101,37 @@ def decode(
     search = make_search(backend)
     predicted = _read(adata)
     names, queries = _draws(predicted)
-    with open_reference(reference, key) as cells:
-        _check_fit(queries, cells, key, k)
-        near, median = _find(queries, cells, k, search)
-        with bar("averaging their expression") as progress:
-            values = _average(near, weighting, cells, progress)
-        distance = near.distance.mean(axis=(0, 2))
-        draw, bag = near.distance[..., 0].argmin(axis=0), np.arange(predicted.n_obs)
-        obs = predicted.obs.copy()
-        obs["reference_distance"] = distance
-        obs["reference_distance_ratio"] = _ratio(distance, median, cells)
-        obs["reference_nearest"] = cells.ids[near.rows[draw, bag, 0]]
-        result = ad.AnnData(
-            values.mean(axis=0) if names else values[0],
-            obs=obs,
-            var=cells.var.copy(),
-            obsm=dict(predicted.obsm),
-            layers={name: values[i] for i, name in enumerate(names)},
-        )
-        record = {
-            "phenoseq_version": __version__,
-            "reference": cells.name,
-            "reference_n_obs": len(cells.ids),
-            "key": key,
-            "k": k,
-            "weighting": weighting,
-            "metric": "euclidean",
-            "backend": backend,
-            "reference_sample": min(SAMPLE, len(cells.ids)),
-            "reference_sample_seed": SEED,
-            "reference_sample_distance": median,
-        }
+    cells = open_reference(reference, key)
+    _check_fit(queries, cells, key, k)
+    near, median = _find(queries, cells, k, search)
+    with bar("averaging their expression") as progress:
+        values = _average(near, weighting, cells, progress)
+    distance = near.distance.mean(axis=(0, 2))
+    draw, bag = near.distance[..., 0].argmin(axis=0), np.arange(predicted.n_obs)
+    obs = predicted.obs.copy()
+    obs["reference_distance"] = distance
+    obs["reference_distance_ratio"] = _ratio(distance, median, cells)
+    obs["reference_nearest"] = cells.ids[near.rows[draw, bag, 0]]
+    result = ad.AnnData(
+        values.mean(axis=0) if names else values[0],
+        obs=obs,
+        var=cells.var.copy(),
+        obsm=dict(predicted.obsm),
+        layers={name: values[i] for i, name in enumerate(names)},
+    )
+    record = {
+        "phenoseq_version": __version__,
+        "reference": cells.name,
+        "reference_n_obs": len(cells.ids),
+        "key": key,
+        "k": k,
+        "weighting": weighting,
+        "metric": "euclidean",
+        "backend": backend,
+        "reference_sample": min(SAMPLE, len(cells.ids)),
+        "reference_sample_seed": SEED,
+        "reference_sample_distance": median,
+    }
     result.uns["phenoseq"] = {**predicted.uns.get("phenoseq", {}), "decode": record}
     if path is not None:
         write_whole(result, path)
@@ -148,7 +148,7 @@ def _find(
     n_cells = len(cells.ids)
     rng = np.random.default_rng(SEED)
     sample = np.sort(rng.choice(n_cells, min(SAMPLE, n_cells), replace=False))
-    own = np.asarray(take_rows(cells.embedding, sample), dtype=np.float32)
+    own = cells.embedding.take(sample)
     points = np.concatenate([*queries, own])
     n = len(points) - len(own)
     without = np.concatenate([np.full(n, -1), sample])

@@ -111,17 +111,21 @@ def fit_scale(
     return Scale("percentile", np.array([_top(n) for n in counts]) * width)
 
 
-def warn_eight_bit(source: Source, scale: Scale) -> None:
-    """Warn where pixels are not the 8 bits that the weights saw."""
-    if source.dtype != np.uint8 or scale.mode == "percentile":
-        tops = ", ".join(f"{top:.6g}" for top in scale.top)
-        warnings.warn(
-            f"{source.name}: pixels are {source.dtype}; those of {tops} (a stain each) became 255 "
-            "(recorded in uns). The published weights saw 8-bit crops, and how these were made is "
-            "not documented, so features may differ from theirs",
-            PhenoseqWarning,
-            stacklevel=3,
-        )
+def warn_eight_bit(source: Source, scale: Scale, *, published: bool) -> None:
+    """Warn where pixels are not the 8 bits that the weights saw, ``published`` ones or others."""
+    if source.dtype == np.uint8 and scale.mode != "percentile":
+        return
+    tops = ", ".join(f"{top:.6g}" for top in scale.top)
+    theirs = (
+        ". The published weights saw 8-bit crops, and how these were made is not documented, so "
+        "features may differ from theirs"
+    )
+    warnings.warn(
+        f"{source.name}: pixels are {source.dtype}; those of {tops} (a stain each) became 255 "
+        f"(recorded in uns){theirs if published else ''}",
+        PhenoseqWarning,
+        stacklevel=3,
+    )
 
 
 def _largest(dtype: np.dtype[Any]) -> int:

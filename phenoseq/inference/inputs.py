@@ -92,9 +92,10 @@ def open_inputs(
     if channels is not None:
         raise DataError("'channels' names the channels of an array; this source names its own")
     if isinstance(source, str | Path):
-        folder = _is_folder(source)
-        how = {"format": format, "pixel_size": pixel_size}
-        source = open_source(source, **how) if folder else Store(source)
+        if _is_folder(source):
+            source = open_source(source, format=format, pixel_size=pixel_size)
+        else:
+            source = Store(source)
     elif pixel_size is not None:
         raise DataError("'pixel_size' goes with an array or a folder; this source has its own")
     if isinstance(source, Store):
@@ -116,13 +117,7 @@ def _from_source(
     source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
 ) -> Inputs:
     if cells is not None:
-        frame = isinstance(cells, pd.DataFrame)
-        obs = check_cells(cells, "the table 'cells'") if frame else read_cells(cells)
-        if "field" not in obs:
-            if len(source.fields) > 1:
-                raise DataError(f"{source.name}: several fields; 'cells' needs a column 'field'")
-            obs["field"] = next(iter(source.fields))
-        source = replace(source, obs=obs.assign(**_text(obs)), counts=None, var=None)
+        source = replace(source, obs=_given(cells, source), counts=None, var=None)
     away = outside(source)
     skipped = tuple(source.obs.index[away])
     source = replace(source, obs=source.obs[~away], counts=None, var=None)
@@ -131,8 +126,10 @@ def _from_source(
     if source.dtype.name != image.dtype:
         some = replace(source, obs=source.obs.iloc[_some(source.obs.index)])
         lost: list[str] = []
-        how = {"failed": lambda rows, why: lost.append(why)}
-        pixels = [b.images for b in iter_crops(some, image.pixel_size, image.crop_px, **how)]
+        each = iter_crops(
+            some, image.pixel_size, image.crop_px, failed=lambda rows, why: lost.append(str(why))
+        )
+        pixels = [batch.images for batch in each]
         if not pixels:
             raise DataError(lost[0])
         gain = _gain(_p999(np.concatenate(pixels)), placed, image)
@@ -145,7 +142,7 @@ def _from_source(
             image.crop_px,
             batch_size=batch_size,
             rows=rows,
-            failed=lambda some, why: failed.append((some, why)),
+            failed=lambda some, why: failed.append((some, str(why))),
         ):
             yield batch
             yield from failed
@@ -155,31 +152,43 @@ def _from_source(
     return Inputs(
         source.name,
         source.identity,
-        source.obs if cells is not None else _known(source.obs),
+        source.obs if cells is not None else source.obs[known_columns(source.obs)],
         tuple(placed),
         source.dtype,
         gain,
         skipped,
-        tuple(f"{p.where}: {p.reason}" for p in source.problems),
+        tuple(map(str, source.problems)),
         crop_order(source, image.pixel_size, image.crop_px),
         crops,
     )
 
 
-def _known(obs: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns of a source's cells that a prediction keeps."""
-    named = ("field", "x_centroid", "y_centroid")
-    return obs[[c for c in obs if c in named or str(c).startswith("Metadata_")]]
+def known_columns(obs: pd.DataFrame, *more: str | None) -> list[str]:
+    """Return the columns of a source's cells that a result keeps: positions, metadata, and more."""
+    named = ("field", "x_centroid", "y_centroid", *more)
+    return [c for c in obs if c in named or str(c).startswith("Metadata_")]
 
 
-def _text(obs: pd.DataFrame) -> dict[str, pd.Categorical]:
-    """Return columns of a user's table that are no numbers, as they can be written: as text."""
-    objects = [name for name in obs if obs[name].dtype == object]
-    return {
-        name: pd.Categorical(obs[name].map(str, na_action="ignore"))
-        for name in objects
-        if name != "field"
-    }
+def _given(cells: str | Path | pd.DataFrame, source: Source) -> pd.DataFrame:
+    """Return a user's table of cells, with all its columns as they can be written."""
+    frame = isinstance(cells, pd.DataFrame)
+    obs = check_cells(cells, "the table 'cells'") if frame else read_cells(cells)
+    where = "the table 'cells'" if frame else str(cells)
+    if "field" not in obs:
+        if len(source.fields) > 1:
+            raise DataError(
+                f"{where}: {source.name} has several fields; 'cells' needs a column 'field', of "
+                f"{list(source.fields)[:5]} and so on"
+            )
+        obs["field"] = next(iter(source.fields))
+    bad = [name for name in obs if not isinstance(name, str) or "/" in name]
+    if bad:
+        raise DataError(f"{where}: columns {bad}: names of columns are text without '/'")
+    for name in obs.columns.drop("field"):
+        if not pd.api.types.is_numeric_dtype(obs[name]):  # text with holes can be written so
+            text = obs[name].astype(object).map(str, na_action="ignore")
+            obs[name] = text.astype("category")
+    return obs.assign(field=obs["field"].astype(str))
 
 
 def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> Inputs:
@@ -201,10 +210,11 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
                 none = np.zeros(len(fitted), dtype=bool)
                 yield CropBatch(some[at : at + batch_size], fitted, none)
 
+    obs = store.obs().iloc[rows]
     return Inputs(
         str(store.path),
         manifest.identity,
-        _known(store.obs().iloc[rows]),
+        obs[known_columns(obs)],
         tuple(placed),
         np.dtype(manifest.dtype),
         gain,

@@ -16,11 +16,14 @@ from torch import Tensor
 from phenoseq._version import __version__
 from phenoseq.errors import DataError, PhenoseqWarning
 from phenoseq.inference.inputs import Inputs
+from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
-from phenoseq.inference.table import Field, Job, Part, Rows, digest_of_table
+from phenoseq.models.config import ImageConfig
 from phenoseq.models.counts import nb_quantile, summarise_mixture
+from phenoseq.models.expression import ExpressionConfig, ExpressionSpace
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.record import TrainingRecord
 
 #: A cell is flagged as saturated where more than this share of a stain's pixels is at the top.
 SATURATED = 0.01
@@ -52,7 +55,7 @@ def image_job(
         raise DataError(f"n_samples is {n_samples}; draw at least one")
     if not len(inputs.obs):
         raise DataError(f"{inputs.name}: zero cells; there is nothing to predict")
-    _tell(model, inputs)
+    tell_inputs(model.config.image, inputs)
     where = pick_device(device)
     model = model.to(where).eval()
     genes, latent_dim = len(model.config.expression.genes), model.config.expression.latent_dim
@@ -65,13 +68,14 @@ def image_job(
                 yield batch
                 continue
             with torch.inference_mode():
-                images, present = _place(batch.images, inputs, where)
+                images, present = place_channels(batch.images, inputs, where)
                 context = model.encode(images, present)
                 names = ids[batch.rows].tolist()
                 noise = cell_normals(seed, names, n_samples, latent_dim)
                 latent = model.generate(context, torch.from_numpy(noise).to(where), steps=steps)
                 uniforms = cell_uniforms(seed, names, max(len(draws), 1), genes)
-                values = _expression(model, latent, torch.from_numpy(uniforms).to(where), draws)
+                place = torch.from_numpy(uniforms).to(where)
+                values = summarise(model.expression, latent, place, draws)
                 values["obsm/X_phenoseq"] = _numpy(latent.mean(dim=1))
                 values["obs/ood_score"] = _numpy(model.strangeness(context))
             values["obs/saturated"] = _saturated(batch.images)
@@ -93,7 +97,7 @@ def image_job(
         block=_BLOCK * batch_size,
         compute=compute,
         obs=obs,
-        var=_var(model),
+        var=var_of(model.config.expression, model.config.training),
         uns={"phenoseq": record},
         plan=record | {"cells": digest_of_table(obs), "weights": digest_of_model(model)},
     )
@@ -104,7 +108,7 @@ def _record(
 ) -> dict[str, Any]:
     """Return how a prediction is made, plain JSON."""
     how = model.config.diffusion
-    missing = _missing(model, inputs)
+    missing = missing_channels(model.config.image, inputs)
     return {
         "phenoseq_version": __version__,
         "torch_version": str(torch.__version__),
@@ -124,11 +128,13 @@ def _record(
     }
 
 
-def _expression(
-    model: PhenoSeq, latent: Tensor, uniforms: Tensor, draws: list[str]
+def summarise(
+    space: ExpressionSpace, latent: Tensor, uniforms: Tensor, draws: list[str]
 ) -> dict[str, NDArray[Any]]:
-    """Decode the latents ``(B, K, D)`` of some cells and summarise them."""
-    space = model.expression
+    """Decode the latents ``(B, K, D)`` of some cells or bags and summarise them, field by field.
+
+    ``uniforms`` ``(B, n, g)`` make counts of the first n draws: one, or those named by ``draws``.
+    """
     median = space.config.median_library
     rates, library = space.decode(latent)
     expected = library.mean(dim=1)
@@ -150,12 +156,12 @@ def _expression(
     return out
 
 
-def _var(model: PhenoSeq) -> pd.DataFrame:
-    config = model.config
-    index = pd.Index(config.expression.genes, name="gene_id")
-    var = pd.DataFrame({"symbol": config.expression.symbols}, index=index)
-    if config.training.reliability:
-        var["reliability"] = np.array(config.training.reliability, dtype=np.float32)
+def var_of(expression: ExpressionConfig, training: TrainingRecord) -> pd.DataFrame:
+    """Return ``var`` of predicted genes."""
+    index = pd.Index(expression.genes, name="gene_id")
+    var = pd.DataFrame({"symbol": expression.symbols}, index=index)
+    if training.reliability:
+        var["reliability"] = np.array(training.reliability, dtype=np.float32)
     return var
 
 
@@ -182,7 +188,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _place(crops: NDArray[Any], inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor]:
+def place_channels(
+    crops: NDArray[Any], inputs: Inputs, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Put the crops' channels where the model has them, zeros where it lacks one."""
     shape = (len(crops), len(inputs.placed), *crops.shape[2:])
     images = np.zeros(shape, dtype=np.float32)
@@ -200,14 +208,15 @@ def _saturated(crops: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray((top > SATURATED).any(axis=1))
 
 
-def _missing(model: PhenoSeq, inputs: Inputs) -> list[str]:
-    pairs = zip(model.config.image.channels, inputs.placed, strict=True)
+def missing_channels(image: ImageConfig, inputs: Inputs) -> list[str]:
+    """Return the stains of a model that the inputs lack."""
+    pairs = zip(image.channels, inputs.placed, strict=True)
     return [name for name, place in pairs if place is None]
 
 
-def _tell(model: PhenoSeq, inputs: Inputs) -> None:
+def tell_inputs(image: ImageConfig, inputs: Inputs) -> None:
     """Warn of what makes the prediction worse; each is recorded in the output too."""
-    missing = _missing(model, inputs)
+    missing = missing_channels(image, inputs)
     if missing:
         warnings.warn(
             f"{inputs.name}: the model's stains {missing} are missing; it predicts without them, "
@@ -215,11 +224,11 @@ def _tell(model: PhenoSeq, inputs: Inputs) -> None:
             PhenoseqWarning,
             stacklevel=4,
         )
-    if inputs.dtype.name != model.config.image.dtype:
+    if inputs.dtype.name != image.dtype:
         gains = ", ".join(f"{g:.4g}" for g in inputs.gain)
         warnings.warn(
             f"{inputs.name}: pixels are {inputs.dtype}, the model was trained on "
-            f"{model.config.image.dtype}; each stain is scaled so that its 99.9th percentile is "
+            f"{image.dtype}; each stain is scaled so that its 99.9th percentile is "
             f"that of the training images (by {gains}; recorded in uns)",
             PhenoseqWarning,
             stacklevel=4,

@@ -1,108 +1,32 @@
-"""Rows of a prediction, block by block: in memory, or in files from which a run can go on.
-
-A block holds some rows of every field. Blocks on disk stand beside the output, each whole or not
-there; when all are, they are put together in the order of the rows, with few rows in memory.
-"""
+"""Makes the table of a job: in memory, or in a file, block by block."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
-import time
-import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
-import pandas as pd
-import zarr
 from numpy.typing import NDArray
 from scipy import sparse
 
-from phenoseq.data.source import MAX_PROBLEMS
-from phenoseq.disk import room_for
-from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.inference.writer import put_in_place
+from phenoseq.inference.blocks import Blocks
+from phenoseq.inference.job import Job, Left, Rows, Values, assemble
+from phenoseq.inference.writer import open_table
+from phenoseq.progress import bar
 
-Rows = NDArray[np.int64]
-Values = Mapping[str, NDArray[Any]]
-#: Rows with their values, or with the reason why they have none.
-Part: TypeAlias = tuple[Rows, Values | str]
 Progress = Callable[[int, int], None]
-#: Rows put together at once, which is also the height of the chunks of the file.
-_AT_ONCE = 2048
-#: Numbers of a sparse array in a chunk.
-_CHUNK = (1 << 16,)
-_PLAN, _LEFT, _POLL = "plan.json", "left.json", 0.2
-#: Rows of a table digested at once.
-_DIGESTED = 1 << 16
 
 
-@dataclass(frozen=True)
-class Field:
-    """One array of a prediction.
-
-    Attributes
-    ----------
-    name
-        Where it goes: ``"X"``, ``"layers/std"``, ``"obsm/X_phenoseq"``, ``"obs/ood_score"``.
-    width
-        Numbers a row; 0 for a column of ``obs``.
-    dtype
-        Of the numbers.
-    sparse
-        Whether it becomes CSR.
-    """
-
-    name: str
-    width: int
-    dtype: str = "float32"
-    sparse: bool = False
-
-    def empty(self, n: int) -> NDArray[Any]:
-        """Return an array for ``n`` rows."""
-        return np.empty((n, self.width) if self.width else n, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prediction to be made.
-
-    Attributes
-    ----------
-    fields
-        What is predicted of a row.
-    order
-        All rows, in the order in which they are best predicted.
-    block
-        Rows in a block of a file.
-    compute
-        Yields all rows of a part of ``order``, some at a time and about in this order: with their
-        values, or with the reason why they have none, such as an image that cannot be decoded.
-    obs, var, uns
-        The rest of the table; of ``uns["phenoseq"]`` the lists ``problems`` and ``skipped_cells``
-        tell what is left out.
-    plan
-        All that the values follow from, plain JSON.
-    """
-
-    fields: tuple[Field, ...]
-    order: Rows
-    block: int
-    compute: Callable[[Rows], Iterator[Part]]
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    uns: dict[str, Any]
-    plan: Mapping[str, Any]
+def make_table(job: Job, out: Path | None, doing: str) -> ad.AnnData:
+    """Do a job with a progress bar, in memory, or in a file on which the table is open then."""
+    with bar(doing) as progress:
+        if out is None:
+            return predict_table(job, progress)
+        predict_file(job, out, progress)
+    return open_table(out)
 
 
 def predict_table(job: Job, progress: Progress | None = None) -> ad.AnnData:
@@ -144,7 +68,7 @@ def predict_file(job: Job, out: Path, progress: Progress | None = None) -> int:
     blocks = np.split(job.order, np.arange(job.block, len(job.order), job.block))
     block_of = np.empty(len(job.order), dtype=np.int32)
     block_of[job.order] = np.repeat(np.arange(len(blocks)), [len(rows) for rows in blocks])
-    sink = _InBlocks(out, job, len(blocks), rank, world)
+    sink = Blocks(out, job, len(blocks), rank, world)
     todo = [k for k in range(rank, len(blocks), world) if not sink.done(k)]
     total = sum(len(rows) for rows in blocks[rank::world])
     before = done = total - sum(len(blocks[k]) for k in todo)
@@ -160,52 +84,10 @@ def predict_file(job: Job, out: Path, progress: Progress | None = None) -> int:
     return before
 
 
-def digest_of_table(table: pd.DataFrame) -> str:
-    """Return a digest of a table's index, columns and values."""
-    digest = hashlib.sha256("\n".join(map(str, table.columns)).encode())
-    for start in range(0, len(table), _DIGESTED):
-        rows = pd.util.hash_pandas_object(table.iloc[start : start + _DIGESTED])
-        digest.update(rows.to_numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _cut(values: Values | str, some: NDArray[np.bool_]) -> Values | str:
     if isinstance(values, str) or some.all():
         return values
     return {name: array[some] for name, array in values.items()}
-
-
-class _Left:
-    """Rows that have no values, by the reason."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.rows: dict[str, list[int]] = {}
-
-    def add(self, rows: Sequence[int], why: str) -> None:
-        self.rows.setdefault(why, []).extend(rows)
-        n, total = sum(map(len, self.rows.values())), len(self.job.order)
-        if n > MAX_PROBLEMS * total or n == total:
-            raise DataError(
-                f"{n:,} of {total:,} rows cannot be predicted, and at most {MAX_PROBLEMS:.0%} may "
-                f"be left out: {next(iter(self.rows))}"
-            )
-
-    def obs_and_uns(self) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """Return those parts of the table, without the rows but with why they are missing."""
-        obs, uns = self.job.obs, self.job.uns
-        if not self.rows:
-            return obs.copy(), uns
-        left = np.sort(np.concatenate(list(self.rows.values())))
-        warnings.warn(
-            f"{len(left):,} rows are left out (recorded in uns): {next(iter(self.rows))}",
-            PhenoseqWarning,
-            stacklevel=5,
-        )
-        record = dict(uns["phenoseq"])
-        record["problems"] = [*record.get("problems", []), *self.rows]
-        record["skipped_cells"] = [*record.get("skipped_cells", []), *obs.index[left]]
-        return obs.drop(index=obs.index[left]), {**uns, "phenoseq": record}
 
 
 class _InMemory:
@@ -216,7 +98,7 @@ class _InMemory:
         self._dense = {f.name: f.empty(n) for f in job.fields if not f.sparse}
         self._sparse: dict[str, list[Any]] = {f.name: [] for f in job.fields if f.sparse}
         self._rows: list[Rows] = []
-        self._left = _Left(job)
+        self._left = Left(job)
 
     def add(self, rows: Rows, values: Values | str) -> None:
         if isinstance(values, str):
@@ -235,214 +117,4 @@ class _InMemory:
         dense = self._dense
         if len(rows) < len(self.job.order):
             dense = {name: array[rows[back]] for name, array in dense.items()}
-        return _anndata(self.job, {**dense, **whole}, self._left)
-
-
-class _InBlocks:
-    """Keeps blocks in the folder ``.OUT.blocks`` beside the output.
-
-    Blocks of another plan are of no use, and removed, by the first process of several. It names
-    itself in the file of the plan, and each of the others says in a file of its own for which
-    first process it works: so that the folder stays until all of them have looked into it.
-    """
-
-    def __init__(self, out: Path, job: Job, blocks: int, rank: int, world: int) -> None:
-        self.out, self.job, self.blocks, self.rank, self.world = out, job, blocks, rank, world
-        self.folder = out.with_name(f".{out.name}.blocks")
-        self._waiting: dict[int, list[Part]] = {}
-        self._left, self._told = _Left(job), ""
-        fields = [(f.name, f.width, f.dtype) for f in job.fields]
-        layout = {"rows": len(job.order), "block": job.block, "fields": fields}
-        whole = json.dumps({"plan": job.plan, "layout": layout}, sort_keys=True)
-        self._plan = hashlib.sha256(whole.encode()).hexdigest()
-        if rank:
-            while not self._check_in():
-                time.sleep(_POLL)
-        else:
-            with self._room():
-                self._start()
-        for stale in self.folder.glob(f".partial-{rank}-*"):  # of a run that was killed
-            shutil.rmtree(stale)
-
-    def _start(self) -> None:
-        if self._found()[0] != self._plan:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._name = uuid.uuid4().hex
-        self._put(_PLAN, [self._plan, self._name])
-
-    def _found(self) -> list[str]:
-        """Return the plan of the blocks that are there, and the name of the first process."""
-        try:
-            plan, name = json.loads((self.folder / _PLAN).read_text())
-        except (FileNotFoundError, ValueError):
-            return ["", ""]
-        return [plan, name]
-
-    def _check_in(self) -> bool:
-        """Tell the first process that this one is there, once the blocks are of this plan."""
-        plan, name = self._found()
-        if plan == self._plan and name != self._told:
-            self._put(f"rank-{self.rank}.json", name)
-            self._told = name
-        return plan == self._plan
-
-    def _put(self, name: str, value: Any) -> None:
-        with self._partial() as partial:
-            (partial / name).write_text(json.dumps(value))
-            os.replace(partial / name, self.folder / name)
-
-    def done(self, block: int) -> bool:
-        return self._block(block).exists()
-
-    def add(self, block: int, rows: Rows, values: Values | str) -> int:
-        """Take rows of a block; return how many of it there are by now."""
-        if isinstance(values, str):
-            self._left.add(rows.tolist(), values)
-        parts = self._waiting.setdefault(block, [])
-        parts.append((rows, values))
-        return sum(len(rows) for rows, _ in parts)
-
-    def flush(self, block: int) -> None:
-        """Write a block that was taken, whole or not at all."""
-        parts = self._waiting.pop(block)
-        good = [(rows, values) for rows, values in parts if not isinstance(values, str)]
-        left: dict[str, list[int]] = {}
-        for rows, why in parts:
-            if isinstance(why, str):
-                left.setdefault(why, []).extend(rows.tolist())
-        with self._room(), self._partial() as some:
-            new = some / "block"
-            new.mkdir()
-            np.save(new / "rows.npy", np.concatenate([_none(), *(rows for rows, _ in good)]))
-            for field in self.job.fields:
-                whole = [field.empty(0), *(values[field.name] for _, values in good)]
-                np.save(new / _file(field), np.concatenate(whole).astype(field.dtype, copy=False))
-            (new / _LEFT).write_text(json.dumps(left))
-            new.rename(self._block(block))
-
-    def finish(self) -> None:
-        """Put the blocks together, or wait until the first process has done so."""
-        if self.rank:
-            while self.folder.exists():
-                self._check_in()
-                time.sleep(_POLL)
-            return
-        while not all(self.done(k) for k in range(self.blocks)):
-            time.sleep(_POLL)
-        self._write()
-        while not all(self._is_here(rank) for rank in range(1, self.world)):
-            time.sleep(_POLL)
-        shutil.rmtree(self.folder)
-
-    def _is_here(self, rank: int) -> bool:
-        file = self.folder / f"rank-{rank}.json"
-        return file.exists() and json.loads(file.read_text()) == self._name
-
-    def _write(self) -> None:
-        """Put all blocks together as the output, which appears whole."""
-        job, n, left_out = self.job, len(self.job.order), _Left(self.job)
-        with self._room(), self._partial() as some:
-            columns = {f.name: f.empty(n) for f in job.fields if not f.width}
-            where = np.full((n, 2), -1, dtype=np.int64)
-            for block in range(self.blocks):
-                rows = np.load(self._block(block) / "rows.npy")
-                where[rows] = np.stack([np.full(len(rows), block), np.arange(len(rows))], axis=1)
-                for name, column in columns.items():
-                    column[rows] = np.load(self._block(block) / _file(Field(name, 0)))
-                for why, left in json.loads((self._block(block) / _LEFT).read_text()).items():
-                    left_out.add(left, why)
-            there = where[:, 0] >= 0
-            where = where[there]
-            columns = {name: column[there] for name, column in columns.items()}
-            partial, arrays = some / self.out.name, [f for f in job.fields if f.width]
-            with _opened(partial, _anndata(job, columns, left_out)) as group:
-                for field in arrays:
-                    _make(group, field, len(where))
-                for start in range(0, len(where), _AT_ONCE):
-                    place = where[start : start + _AT_ONCE]
-                    for field in arrays:
-                        _append(group, field, start, self._gather(field, place))
-            put_in_place(partial, self.out, some)
-
-    def _gather(self, field: Field, place: NDArray[np.int64]) -> NDArray[Any]:
-        """Read the rows at (block, position in it), in this order."""
-        out = field.empty(len(place))
-        for block in np.unique(place[:, 0]):
-            some = np.flatnonzero(place[:, 0] == block)
-            stored = np.load(self._block(int(block)) / _file(field), mmap_mode="r")
-            out[some] = stored[place[some, 1]]
-        return out
-
-    def _block(self, block: int) -> Path:
-        return self.folder / f"{block:06d}"
-
-    @contextmanager
-    def _partial(self) -> Iterator[Path]:
-        prefix = f".partial-{self.rank}-"
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=prefix) as some:
-            yield Path(some)
-
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        with room_for(self.out, "what is done is kept"):
-            yield
-
-
-def _none() -> Rows:
-    return np.empty(0, dtype=np.int64)
-
-
-def _file(field: Field) -> str:
-    return field.name.replace("/", "-") + ".npy"
-
-
-def _anndata(job: Job, values: Mapping[str, Any], left: _Left) -> ad.AnnData:
-    """Put together the table of those fields that there are values of."""
-    obs, uns = left.obs_and_uns()
-    parts: dict[str, dict[str, Any]] = {"layers": {}, "obsm": {}}
-    for name, value in values.items():
-        kind, _, last = name.rpartition("/")
-        if kind == "obs":
-            obs[last] = value
-        elif kind:
-            parts[kind][last] = value
-    if {"x_centroid", "y_centroid"} <= set(obs):
-        parts["obsm"]["spatial"] = obs[["x_centroid", "y_centroid"]].to_numpy(np.float64)
-    return ad.AnnData(values.get("X"), obs=obs, var=job.var, uns=uns, **parts)
-
-
-@contextmanager
-def _opened(path: Path, frame: ad.AnnData) -> Iterator[Any]:
-    """Write the small parts of a table to a new file, and give its root to add the large ones."""
-    if path.suffix == ".h5ad":
-        with h5py.File(path, "w") as file:
-            ad.io.write_elem(file, "/", frame)
-            yield file
-        return
-    group = zarr.create_group(path, zarr_format=3)
-    ad.io.write_elem(group, "/", frame)
-    yield group
-    zarr.consolidate_metadata(path)
-
-
-def _make(group: Any, field: Field, n: int) -> None:
-    """Make an array for ``n`` rows, to be filled from the first on."""
-    if field.name in group:
-        del group[field.name]
-    hdf5 = {"compression": "lzf"} if isinstance(group, h5py.File) else {}
-    if field.sparse:
-        none = sparse.csr_matrix((0, field.width), dtype=field.dtype)
-        ad.io.write_elem(group, field.name, none, dataset_kwargs={"chunks": _CHUNK, **hdf5})
-        return
-    make = group.create_dataset if hdf5 else group.create_array
-    chunks = (min(_AT_ONCE, n), field.width)
-    array = make(field.name, shape=(n, field.width), dtype=field.dtype, chunks=chunks, **hdf5)
-    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-
-
-def _append(group: Any, field: Field, start: int, values: NDArray[Any]) -> None:
-    if field.sparse:
-        ad.io.sparse_dataset(group[field.name]).append(sparse.csr_matrix(values))
-    else:
-        group[field.name][start : start + len(values)] = values
+        return assemble(self.job, {**dense, **whole}, self._left)

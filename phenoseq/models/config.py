@@ -96,9 +96,9 @@ class PhenoSeqConfig:
             unknown, missing, of the wrong type or out of range, or lists that do not go together.
         """
         raw = parse(text, where)
-        if raw[NETWORK] != "phenoseq":
+        if raw.get(NETWORK) != "phenoseq":
             raise ModelError(
-                f"{where}: is of the network {raw[NETWORK]!r}; load it with phenoseq.load_model"
+                f"{where}: is of the network {raw.get(NETWORK)!r}; load it with phenoseq.load_model"
             )
         built: Self = build(cls, raw, where)
         _check_image(built.image, where)
@@ -146,9 +146,9 @@ class SampleConfig:
     def from_json(cls, text: str, where: str) -> Self:
         """Rebuild a configuration; raises as :meth:`PhenoSeqConfig.from_json`."""
         raw = parse(text, where)
-        if raw[NETWORK] != "sample":
+        if raw.get(NETWORK) != "sample":
             raise ModelError(
-                f"{where}: is of the network {raw[NETWORK]!r}; load it with phenoseq.load_model"
+                f"{where}: is of the network {raw.get(NETWORK)!r}; load it with phenoseq.load_model"
             )
         built: Self = build(cls, raw, where)
         check_between(where, {"bag_size": (built.bag_size, 1, 1 << 12)})
@@ -183,7 +183,9 @@ def _check_image(image: ImageConfig, where: str) -> None:
         where,
         {
             "image: pixel_size": (image.pixel_size, 1e-6, 1e3),
-            "image: crop_px": (image.crop_px, 1, 1 << 14),
+            "image: crop_px": (image.crop_px, 1, 1 << 11),  # the encoder is tried on one
+            "image: channels": (len(image.channels), 1, 64),
+            "image: std": (min(image.std, default=0), 1e-9, 1e9),
         },
     )
 
@@ -197,6 +199,7 @@ def _check_genes(space: ExpressionConfig, training: TrainingRecord, where: str) 
     check_between(
         where,
         {
+            "expression: median_library": (space.median_library, 1e-6, 1e12),
             "expression: components": (space.components, 1, 1 << 16),
             "expression: hidden": (space.hidden, 1, 1 << 16),
         },

@@ -74,6 +74,11 @@ class Encoder(nn.Module):
         self.stain = nn.Parameter(torch.randn(n_channels, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens a crop."""
+        return len(self.position) * (len(self.stain) if self.separate else 1)
+
     def freeze(self, stages: int | Literal["all"]) -> None:
         """Freeze the backbone, or its first stages from the image on; the norms in them too.
 

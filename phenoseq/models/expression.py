@@ -193,4 +193,5 @@ def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int,
         schedule.step()
         with torch.no_grad():
             space.log_theta.clamp_(-4.0, 8.0)
+    optimiser.zero_grad()
     space.requires_grad_(False)

@@ -1,4 +1,7 @@
-"""Frozen image features: a vision transformer of torchvision, one stain at a time."""
+"""Frozen image features, one token a stain: by the network of the published PhenoSeq, or any other.
+
+:mod:`phenoseq.models.timm_features` makes an extractor of any network of timm.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +84,97 @@ VIT_L_16 = FeatureConfig(
 )
 
 
-class FeatureExtractor(nn.Module):
-    """A frozen vision transformer that turns 8-bit crops into features.
+class Extractor(nn.Module):
+    """A frozen network that turns 8-bit crops into features, one token a stain.
+
+    Each stain is seen by itself, as a grey image: three equal channels, so that pretrained weights
+    fit as they are. Its token is the pooled feature of the network.
+
+    Parameters
+    ----------
+    network
+        Takes images ``(n, 3, image_size, image_size)`` and returns features ``(n, width)``.
+    name
+        What to call it.
+    channels
+        Canonical stain names, in the order of the features.
+    image_size
+        Side of the crops in pixels.
+    width
+        Numbers in a token.
+    sha256
+        Of the file that the weights come from; empty where that is not known.
+    mean, std
+        What is taken from pixels of 0..1, and what they are divided by then, a colour each.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        channels: tuple[str, ...],
+        image_size: int,
+        width: int,
+        sha256: str,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.name, self.channels, self.sha256 = name, channels, sha256
+        self.image_size, self.width = image_size, width
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.requires_grad_(False).eval()
+
+    @property
+    def n_features(self) -> int:
+        """Features a cell."""
+        return len(self.channels) * self.width
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Return the features of some cells.
+
+        Parameters
+        ----------
+        crops
+            8-bit crops of ``channels``, uint8 ``(B, C, image_size, image_size)``.
+
+        Returns
+        -------
+        The tokens of each stain in turn, float32 ``(B, C * width)``.
+
+        Raises
+        ------
+        ModelError
+            Where the crops are not of that shape and type.
+        """
+        wanted = (len(self.channels), self.image_size, self.image_size)
+        if crops.shape[1:] != wanted or crops.dtype != torch.uint8:
+            raise ModelError(
+                f"crops of shape {tuple(crops.shape)} and type {crops.dtype}; {self.name} "
+                f"takes uint8 (B, {', '.join(map(str, wanted))})"
+            )
+        grey = (crops.float() / 255).flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
+        tokens: Tensor = self.network((grey - self.mean) / self.std)
+        return tokens.float().reshape(len(crops), self.n_features)
+
+    def digest(self) -> str:
+        """Return the sha256 of what the features follow from, in hex."""
+        digest = hashlib.sha256(f"{self.channels} {self.image_size}".encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FeatureExtractor(Extractor):
+    """The vision transformer of torchvision, whose token is the class token after the encoder.
+
+    Pixels are divided by 255, and nothing else.
 
     Parameters
     ----------
@@ -100,9 +192,6 @@ class FeatureExtractor(nn.Module):
     """
 
     def __init__(self, config: FeatureConfig, state: dict[str, Tensor], sha256: str) -> None:
-        super().__init__()
-        self.config = config
-        self.sha256 = sha256
         with torch.device("meta"):  # weights come from the state, so none are drawn
             vit = VisionTransformer(
                 config.image_size,
@@ -121,36 +210,14 @@ class FeatureExtractor(nn.Module):
             raise ModelError(
                 f"not the weights of {config.name}: {first.strip()} (and {len(more)} more)"
             ) from error
-        self.vit = vit
-        self.requires_grad_(False).eval()
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """Return the features of some cells.
-
-        Parameters
-        ----------
-        crops
-            8-bit crops of ``config.channels``, uint8 ``(B, C, image_size, image_size)``. Each
-            stain is divided by 255, and nothing else, and seen as a grey image.
-
-        Returns
-        -------
-        For each stain in turn the class token after the encoder, float32 ``(B, C * hidden_dim)``.
-
-        Raises
-        ------
-        ModelError
-            Where the crops are not of that shape and type.
-        """
-        wanted = (len(self.config.channels), *(self.config.image_size,) * 2)
-        if crops.shape[1:] != wanted or crops.dtype != torch.uint8:
-            raise ModelError(
-                f"crops of shape {tuple(crops.shape)} and type {crops.dtype}; {self.config.name} "
-                f"takes uint8 (B, {', '.join(map(str, wanted))})"
-            )
-        grey = (crops.float() / 255).flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
-        tokens: Tensor = self.vit(grey)
-        return tokens.reshape(len(crops), self.config.n_features)
+        super().__init__(
+            vit,
+            name=config.name,
+            channels=config.channels,
+            image_size=config.image_size,
+            width=config.hidden_dim,
+            sha256=sha256,
+        )
 
 
 def load_extractor(
@@ -175,9 +242,7 @@ def load_extractor(
         another architecture.
     """
     path = Path(weights) if weights is not None else _cached(config, yes)
-    state = _read(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    state, sha256 = read_weights(path)
     if not sha256.startswith(config.sha256_prefix):
         if weights is None:
             raise ModelError(
@@ -221,21 +286,29 @@ def _cached(config: FeatureConfig, yes: bool) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, which is never unpickled beyond tensors."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Read a file of weights, which is never unpickled beyond tensors, and its sha256.
+
+    Raises
+    ------
+    ModelError
+        Where it is missing, broken, or holds anything but tensors by name.
+    """
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file of weights") from error
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path}: holds more than tensors, or is broken, and is not unpickled; take "
-            "torchvision's file or a .safetensors"
+            f"{path}: holds more than tensors, or is broken, and is not unpickled; take the file "
+            "that was published, or a .safetensors"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: not a readable file of weights ({error})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"{path}: holds no table of weights by name")
-    return state
+    with path.open("rb") as file:
+        return state, hashlib.file_digest(file, "sha256").hexdigest()

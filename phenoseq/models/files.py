@@ -6,18 +6,20 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from phenoseq.errors import ModelError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PICKLES = (".pt", ".ckpt", ".pth", ".pkl")
+PICKLES = (".pt", ".ckpt", ".pth", ".pkl", ".pickle", ".bin", ".joblib")
+#: Bytes of the largest configuration that is read.
+_LARGEST_CONFIG = 1 << 25
 
 
 def save_folder(folder: str | Path, config: str, tensors: Mapping[str, Tensor]) -> Path:
@@ -50,22 +52,76 @@ def read_config(folder: str | Path) -> tuple[str, str]:
     Raises
     ------
     ModelError
-        Where one of the two files is missing.
+        Where one of the two files is missing, or the configuration is too large to be one.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            pickles = [p.name for p in folder.glob("*") if p.suffix in PICKLES]
-            hint = (
-                f"; {pickles} are pickles, which phenoseq never opens: save the model with "
-                "'model.save(folder)', or if it is a checkpoint of the published PhenoSeq "
-                "project, convert it with 'phenoseq models import'"
-                if pickles
-                else ""
-            )
+        if not (folder / name).is_file():
+            hint = about_pickles(p.name for p in folder.glob("*"))
             raise ModelError(f"{folder}: no {name} there, so it is no phenoseq model{hint}")
+    return config_text(folder)
+
+
+def config_text(folder: Path) -> tuple[str, str]:
+    """Return the text of the configuration in a folder, be there weights or not; and where it is.
+
+    Raises
+    ------
+    ModelError
+        Where it is too large to be one.
+    """
     path = folder / CONFIG
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise ModelError(f"{path}: {path.stat().st_size:,} bytes are too many for a configuration")
     return path.read_text(encoding="utf-8", errors="replace"), str(path)
+
+
+def about_pickles(names: Iterable[str]) -> str:
+    """Say what to do with the pickles among some files; nothing where there are none."""
+    pickles = sorted(name for name in names if Path(name).suffix.lower() in PICKLES)
+    if not pickles:
+        return ""
+    return (
+        f"; {pickles} are pickles, which phenoseq never opens, since they can run any program: ask "
+        "their author to save the model with 'model.save(folder)'; a checkpoint of the published "
+        "PhenoSeq project is converted by 'phenoseq models import'"
+    )
+
+
+def check_weights(model: nn.Module, folder: str | Path) -> None:
+    """Check that the weights in a model's folder are those of its configuration, unread.
+
+    Parameters
+    ----------
+    model
+        Built from the configuration on the device ``"meta"``, where it takes no memory: whatever
+        the configuration asks for, nothing is allocated that the file does not hold.
+    folder
+        With ``model.safetensors``.
+
+    Raises
+    ------
+    ModelError
+        Where the file is broken, or its names, shapes or kinds of numbers are others.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except Exception as error:  # a broken file breaks the reader in any way that it likes
+        raise _misfit(path, error) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise _misfit(path, f"lacks {len(missing)} tensors: {missing[:3]}")
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise _misfit(path, f"has {len(unknown)} tensors of another network: {unknown[:3]}")
+    for name, tensor in model.state_dict().items():
+        shape, kind = found[name]
+        if shape != wanted[name]:
+            raise _misfit(path, f"{name} is {shape}, by the config {wanted[name]}")
+        if tensor.is_floating_point() and kind not in ("F32", "F16", "BF16"):
+            raise _misfit(path, f"{name} holds {kind}, not floats of 16 or 32 bits")
 
 
 def load_weights(model: nn.Module, folder: str | Path, *, adopt: bool = False) -> None:
@@ -93,11 +149,16 @@ def load_weights(model: nn.Module, folder: str | Path, *, adopt: bool = False) -
         if adopt and others:
             raise RuntimeError(f"{others[:3]} are not of type float32")
         model.load_state_dict(tensors, assign=adopt)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"{path}: does not hold the weights of its config ({error}); "
-            "download or save the model again"
-        ) from error
+    except Exception as error:  # as above
+        raise _misfit(path, error) from error
+
+
+def _misfit(path: Path, why: object) -> ModelError:
+    what = str(why).partition("\n")[0][:500]
+    return ModelError(
+        f"{path}: does not hold the weights of its config ({what}); download or save the model "
+        "again"
+    )
 
 
 def digest_of_model(model: nn.Module) -> str:

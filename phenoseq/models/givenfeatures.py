@@ -67,6 +67,11 @@ class FeatureEncoder(nn.Module):
         self.stain = nn.Parameter(torch.randn(self.stains, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens a cell."""
+        return self.stains
+
     def forward(self, features: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Encode features.
 

@@ -15,7 +15,7 @@ from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_pre
 from phenoseq.models.embedding import EmbeddingSpace
 from phenoseq.models.encoder import Encoder, EncoderConfig
 from phenoseq.models.expression import ExpressionSpace
-from phenoseq.models.files import load_weights, read_config, save_folder
+from phenoseq.models.files import check_weights, load_weights, read_config, save_folder
 from phenoseq.models.givenfeatures import FeatureEncoder
 from phenoseq.models.record import TrainingRecord
 
@@ -154,10 +154,21 @@ class ContextDiffusion(nn.Module):
     def strangeness(self, context: tuple[Tensor, Tensor]) -> Tensor:
         """Return how far each context lies from those of training cells, ``(B,)``, about 1 inside.
 
-        The Mahalanobis distance of the pooled context, over the square root of its width.
+        The Mahalanobis distance of the pooled context, over the square root of its width; of a bag
+        the root of the mean square over its cells.
         """
-        away = (pool(*context) - self.context_mean) @ self.context_whiten
-        return away.square().mean(dim=1).sqrt()
+        cells, own = self.pooled(context)
+        away = (cells.flatten(0, 1) - self.context_mean) @ self.context_whiten
+        square = away.square().mean(dim=1).view(own.shape) * own
+        return (square.sum(dim=1) / own.sum(dim=1).clamp(min=1)).sqrt()
+
+    def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pooled tokens of cells, ``(B, N, dim)``, and which cells count, ``(B, N)``.
+
+        N is 1 where a context is of one cell.
+        """
+        cells = pool(*context)[:, None]
+        return cells, torch.ones_like(cells[..., 0], dtype=torch.bool)
 
     def with_record(self, training: TrainingRecord) -> Self:
         """Return this model with another training record."""
@@ -215,7 +226,10 @@ class PhenoSeq(ContextDiffusion):
         ModelError
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
-        model = cls(PhenoSeqConfig.from_json(*read_config(folder)))
+        config = PhenoSeqConfig.from_json(*read_config(folder))
+        with torch.device("meta"):  # nothing is allocated for weights that are not in the file
+            check_weights(cls(config), folder)
+        model = cls(config)
         load_weights(model, folder)
         return model.eval()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phenoseq.errors import ModelError
 from phenoseq.models.diffusion import Sampler, sample, sampler_times
-from phenoseq.models.files import load_weights, read_config, save_folder
+from phenoseq.models.files import check_weights, load_weights, read_config, save_folder
 from phenoseq.models.published_config import PublishedConfig
 from phenoseq.models.published_network import FOLD_DRAWS, Memory, PublishedNetwork, Schedule
 
@@ -254,6 +254,7 @@ class PublishedPhenoSeq(nn.Module):
         with torch.inference_mode(False):  # in which changes of weights would not be counted
             with torch.device("meta"):  # whose weights take neither memory nor time
                 model = cls(config)
+            check_weights(model, folder)
             load_weights(model, folder, adopt=True)
         return model.eval()
 

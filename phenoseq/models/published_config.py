@@ -164,9 +164,9 @@ class PublishedConfig:
             unknown, missing, of the wrong type or out of range.
         """
         raw = parse(text, where)
-        if raw[NETWORK] != "published":
+        if raw.get(NETWORK) != "published":
             raise ModelError(
-                f"{where}: is of the network {raw[NETWORK]!r}; load it with phenoseq.load_model"
+                f"{where}: is of the network {raw.get(NETWORK)!r}; load it with phenoseq.load_model"
             )
         built: Self = build(cls, raw, where)
         built.check(where)

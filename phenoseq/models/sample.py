@@ -13,9 +13,9 @@ from phenoseq.models.config import ImageConfig, SampleConfig
 from phenoseq.models.embedding import EmbeddingConfig, EmbeddingSpace
 from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace
-from phenoseq.models.files import load_weights, read_config
+from phenoseq.models.files import check_weights, load_weights, read_config
 from phenoseq.models.givenfeatures import FeatureEncoder
-from phenoseq.models.phenoseq import ContextDiffusion
+from phenoseq.models.phenoseq import ContextDiffusion, pool
 
 
 class SamplePhenoSeq(ContextDiffusion):
@@ -82,6 +82,13 @@ class SamplePhenoSeq(ContextDiffusion):
             seen = seen & keep[:, :, None]
         return rearrange(tokens, "(b n) t d -> b (n t) d", n=n), seen.flatten(1)
 
+    def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the pooled tokens of cells, ``(B, N, dim)``, and which cells count, ``(B, N)``."""
+        keep = rearrange(context[1], "b (n t) -> b n t", t=self.encoder.n_tokens)
+        tokens = rearrange(context[0], "b (n t) d -> (b n) t d", t=self.encoder.n_tokens)
+        cells = pool(tokens, keep.flatten(0, 1))
+        return rearrange(cells, "(b n) d -> b n d", n=keep.shape[1]), keep.any(dim=2)
+
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Rebuild a model from its folder, in evaluation mode, on the CPU.
@@ -91,7 +98,10 @@ class SamplePhenoSeq(ContextDiffusion):
         ModelError
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
-        model = cls(SampleConfig.from_json(*read_config(folder)))
+        config = SampleConfig.from_json(*read_config(folder))
+        with torch.device("meta"):  # nothing is allocated for weights that are not in the file
+            check_weights(cls(config), folder)
+        model = cls(config)
         load_weights(model, folder)
         return model.eval()
 

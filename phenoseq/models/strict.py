@@ -3,45 +3,90 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
+from phenoseq._version import __version__
 from phenoseq.errors import ModelError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: The name under which a configuration says which network it is of.
 NETWORK = "network"
 
+#: No string of a configuration is longer.
+_LONGEST = 4096
+
 
 def parse(text: str, where: str) -> dict[str, Any]:
-    """Read the JSON of a configuration and check its schema version.
-
-    A configuration that names no network is of the first one, ``"phenoseq"``, which was alone when
-    it was written; one whose training has no base was written before there was fine-tuning.
+    """Read the JSON of a configuration, brought to this schema version.
 
     Raises
     ------
     ModelError
-        Where the text is not JSON, or of another schema version; ``where`` says of what.
+        Where the text is not JSON, holds a number or string that no configuration has, or is of a
+        newer schema version; ``where`` says of what.
     """
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where}: not JSON ({error}); download or save it again") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
+    version: Any = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not _is(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise ModelError(
-            f"{where}: schema version {version}, this phenoseq reads {SCHEMA_VERSION}; "
-            "install the phenoseq that wrote it, or a newer one"
+            f"{where}: schema version {_short(version)}, this phenoseq ({__version__}) reads 1 to "
+            f"{SCHEMA_VERSION}; where that is newer: pip install --upgrade phenoseq"
         )
-    raw.setdefault(NETWORK, "phenoseq")
-    if isinstance(raw.get("training"), dict):
-        raw["training"] = {"base": {}, **raw["training"]}
-    return dict(raw)
+    _check_plain(raw, where)
+    return migrate(raw, version)
+
+
+def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
+    """Bring the plain values of a configuration from a schema version to the present one.
+
+    1 to 2
+        Says which network it is of; before, there was one, and those written after the second
+        came said so already. The training has a base, which is empty: nothing was fine-tuned.
+    """
+    raw = dict(raw)
+    if version < 2:
+        raw.setdefault(NETWORK, "phenoseq")
+        if isinstance(raw.get("training"), dict):
+            raw["training"] = {"base": {}, **raw["training"]}
+    return raw | {"schema_version": SCHEMA_VERSION}
+
+
+def _check_plain(raw: Any, where: str) -> None:
+    """Refuse what would break, or deceive, whoever computes with it or prints it."""
+    stack: list[tuple[str, Any]] = [(where, raw)]
+    while stack:
+        place, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{place}: a name", name) for name in value]
+            stack += [(f"{place}: {_short(name)}", part) for name, part in value.items()]
+        elif isinstance(value, list):
+            stack += [(place, part) for part in value]
+        elif isinstance(value, str):
+            if len(value) > _LONGEST or any(unicodedata.category(c)[0] == "C" for c in value):
+                raise ModelError(
+                    f"{place}: {_short(value)} is longer than {_LONGEST} characters, or has some "
+                    "that are not to be printed"
+                )
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise ModelError(f"{place}: {value} is no number to compute with")
+        elif isinstance(value, int) and value.bit_length() > 63:
+            raise ModelError(f"{place}: a number of {value.bit_length()} bits")
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def build(kind: Any, raw: Any, where: str) -> Any:
@@ -55,12 +100,13 @@ def build(kind: Any, raw: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(raw, dict):
-            raise ModelError(f"{where}: should be an object, is {raw!r}")
+            raise ModelError(f"{where}: should be an object, is {_short(raw)}")
         hints = typing.get_type_hints(kind)
         names = {f.name for f in fields(kind)}
         if set(raw) != names:
             raise ModelError(
-                f"{where}: missing {sorted(names - set(raw))}, unknown {sorted(set(raw) - names)}"
+                f"{where}: missing {sorted(names - set(raw))}, "
+                f"unknown {_short(sorted(set(raw) - names))}"
             )
         return kind(**{n: build(hints[n], raw[n], f"{where}: {n}") for n in sorted(names)})
     if origin is tuple and isinstance(raw, list):
@@ -82,7 +128,7 @@ def build(kind: Any, raw: Any, where: str) -> Any:
         return float(raw)
     if isinstance(kind, type) and origin is None and _is(raw, kind):
         return raw
-    raise ModelError(f"{where}: {raw!r} is not {kind}")
+    raise ModelError(f"{where}: {_short(raw)} is not {kind}")
 
 
 def _alike(part: Any, raw: Mapping[str, Any]) -> int:

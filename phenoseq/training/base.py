@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from phenoseq.data.datamodule import StreamDataModule
-from phenoseq.data.dataset import Batch
+from phenoseq.data.handover import Batch
 from phenoseq.evaluation.streaming import EDistance, PccGene, VarianceRatio
 from phenoseq.models.load import Model
 from phenoseq.training.sharding import shard
@@ -148,7 +148,9 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         part = batch_idx % self.trainer.accumulate_grad_batches  # of a step
-        loss = self.training_loss(batch, self._generator(self.global_step, part))
+        generator = self._generator(self.global_step, part)
+        torch.manual_seed(generator.initial_seed())  # of dropout, so that a run can go on alike
+        loss = self.training_loss(batch, generator)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["rows"]))
         return loss
 

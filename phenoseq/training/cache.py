@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from phenoseq.data.datamodule import StoreDataModule
-from phenoseq.data.dataset import Batch, EpochStream, as_tensor
-from phenoseq.data.store import Store, whole_or_nothing
+from phenoseq.data.dataset import EpochStream
+from phenoseq.data.handover import Batch
+from phenoseq.data.store import Store
+from phenoseq.data.storewriter import whole_or_nothing
 from phenoseq.models.phenoseq import PhenoSeq
 
 Progress = Callable[[int, int], None]
@@ -94,7 +96,7 @@ def cache_tokens(
     rows = np.sort(rows)
     path = folder / _key(model, store, rows)
     if not path.exists():
-        with whole_or_nothing(path) as partial:
+        with whole_or_nothing(path, overwrite=False) as partial:
             partial.mkdir(parents=True)
             _write_counts(store, rows, partial)
             _write_tokens(model, store, rows, partial, progress)
@@ -113,12 +115,12 @@ def _write_tokens(
     device, was_training = model.image_mean.device, model.training
     model.eval()
     n = len(rows)
-    size = model.encode(as_tensor(store.take(rows[:1])).to(device))[0].shape[1:]
+    size = model.encode(torch.from_numpy(store.take(rows[:1])).to(device))[0].shape[1:]
     tokens = np.lib.format.open_memmap(
         folder / "tokens.npy", "w+", np.dtype(np.float16), (n, *size)
     )
     for start in range(0, n, _READ):
-        images = as_tensor(store.take(rows[start : start + _READ]))
+        images = torch.from_numpy(store.take(rows[start : start + _READ]))
         for at in range(0, len(images), _BATCH):
             crops = images[at : at + _BATCH].to(device).float()
             place = slice(start + at, start + at + len(crops))

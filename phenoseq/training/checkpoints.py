@@ -176,7 +176,8 @@ def _more_follows(trainer: L.Trainer, batch_idx: int) -> bool:
 
     Lightning takes up a run after the batch whose end was saved, and would leave out both.
     """
-    logged = trainer.log_every_n_steps > 1 and trainer.global_step % trainer.log_every_n_steps == 0
+    row: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    logged = row > 1 and trainer.global_step % row == 0
     whole = trainer.check_val_every_n_epoch is None
     number = trainer.fit_loop.total_batch_idx if whole else batch_idx
     every = trainer.val_check_batch or math.inf

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phenoseq.data.datamodule import StreamDataModule
-from phenoseq.data.dataset import Batch
+from phenoseq.data.handover import Batch
 from phenoseq.evaluation.metrics import pcc_gene
 from phenoseq.models.expression import MIN_LIBRARY, ExpressionSpace
-from phenoseq.models.phenoseq import PhenoSeq, pool
+from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.sample import SamplePhenoSeq
 
 _CELLS, _DRAWS = 8192, 16
 #: Samples below which a correlation over them says nothing.
-_SAMPLES = 3
+_SAMPLES = 8
 #: Added to the covariance of contexts, as a share of its mean variance.
 _RIDGE = 1e-2
 
@@ -32,15 +32,15 @@ def finalise(
 
     The score is fitted on training cells or bags. The reliability is the Pearson correlation of
     predicted (mean of 16 draws) and true expression over validation cells, 0 for a constant; of a
-    model of samples over the means of validation samples, where there are three and more.
+    model of samples over the means of validation samples, where there are eight and more.
 
     Returns
     -------
     The model, in evaluation mode, with both in it.
     """
     model.eval()
-    pooled = [pool(*_encode(model, b)) for b in data.fixed("train", _CELLS, alone=True)]
-    contexts = torch.cat(pooled).double()
+    pooled = [model.pooled(_encode(model, b)) for b in data.fixed("train", _CELLS, alone=True)]
+    contexts = torch.cat([cells[own] for cells, own in pooled]).double()
     covariance = torch.cov(contexts.T)
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
     model.context_mean.copy_(contexts.mean(dim=0))

@@ -24,7 +24,8 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from phenoseq.data.datamodule import StoreDataModule, split_of
-from phenoseq.data.dataset import Batch, CellStream
+from phenoseq.data.dataset import CellStream
+from phenoseq.data.handover import Batch
 from phenoseq.data.selection import SelectedStore, SelectedStream
 from phenoseq.data.splits import UNASSIGNED, SplitConfig
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning

@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
-from phenoseq.data.dataset import Batch, StreamLoader
+from phenoseq.data.dataset import StreamLoader
+from phenoseq.data.handover import Batch
 from phenoseq.errors import ModelError
 from phenoseq.training.checkpoints import folder_of
 

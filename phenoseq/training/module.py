@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phenoseq.data.datamodule import StreamDataModule
-from phenoseq.data.dataset import Batch
+from phenoseq.data.handover import Batch
 from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.errors import DataError
 from phenoseq.models.config import DiffusionConfig, PhenoSeqConfig, SampleConfig

@@ -68,7 +68,7 @@ def _is_free(name: str) -> bool:
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict) or not settings:
         return {prefix: settings}
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
     return flat

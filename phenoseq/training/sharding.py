@@ -31,6 +31,8 @@ def shard(model: Model, mesh: DeviceMesh) -> None:
 
     A block is gathered when it is used and let go again, so that a device holds one at a time.
     """
+    for weight in model.parameters():
+        weight.data = weight.data.contiguous()  # not channels last, which FSDP does not know
     backbone = getattr(getattr(model, "encoder", None), "backbone", None)
     stages = () if backbone is None else backbone.children()
     for stage in stages:

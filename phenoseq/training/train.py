@@ -28,6 +28,7 @@ from phenoseq.training.checkpoints import (
     folder_of,
     steps_done,
 )
+from phenoseq.training.figures import SampleFigures
 from phenoseq.training.logs import CsvLogger, LearningCurves
 from phenoseq.training.memory import Fit, InPieces, free_memory, largest_batch, out_of_memory
 from phenoseq.training.module import PhenoSeqModule
@@ -43,6 +44,8 @@ _COUNTING = ("accumulate_grad_batches", "limit_train_batches", "val_check_interv
 
 
 class _CLI(LightningCLI):
+    in_pieces: InPieces
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--out", type=str | None, default=None, help="folder of the trained model"
@@ -95,10 +98,12 @@ class _CLI(LightningCLI):
         kwargs["default_root_dir"] = self.root
         kwargs["logger"] = [CsvLogger(self.root, done), *self._loggers(done)]
         kwargs["plugins"] = [*_listed(settings["plugins"]), AtomicCheckpointIO()]
+        self.in_pieces = InPieces(self.datamodule, fit.pieces)
         kwargs["callbacks"] = [
             *_listed(settings["callbacks"]),
+            SampleFigures(),
             WarmEMA(self._get(self.config_init, "ema")),
-            InPieces(self.datamodule, fit.pieces),
+            self.in_pieces,
             LearningCurves(),
         ]
         return super().instantiate_trainer(**kwargs)
@@ -194,9 +199,8 @@ def _fitted(cli: _CLI) -> bool:
 
 
 def _make_smaller(cli: _CLI, error: RuntimeError) -> None:
-    validating = any(c.validating for c in cli.trainer.callbacks if isinstance(c, InPieces))
     size = cli.datamodule.batch_size
-    if validating:
+    if cli.in_pieces.validating:
         raise ModelError(
             f"out of memory in validation, with batches of {size}; set data.batch_size to "
             f"{size // 2} and trainer.accumulate_grad_batches to twice what it is"

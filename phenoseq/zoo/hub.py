@@ -1,161 +1,255 @@
-"""Weights from the Hugging Face hub: fetched and converted once, checked ever after.
+"""The Hugging Face hub: models by ``OWNER/NAME`` and ``OWNER/NAME@REVISION``, fetched and checked.
 
-Only huggingface_hub talks to the network, so its environment variables (``HF_HOME``,
-``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ...) mean here what they mean there. What is converted is kept
-in that library's cache for assets, in
-``HF_HOME/assets/phenoseq/OWNER--REPO/NAME`` (``HF_ASSETS_CACHE`` moves it).
+Only huggingface_hub talks to the network and keeps the cache, so its settings (``HF_TOKEN``,
+``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, proxies) mean here what they mean there.
 
-No digest of these files is known beforehand. The first download is trusted, and its commit and
-sha256 are written down in ``record.json`` there; later ones take that commit and must give the same
-bytes. To trust anew, delete that folder.
+That library does not compare what it gets with what the hub says it is. Here every file is, each
+time it is used: the cache keeps a file under its ETag, which is the sha256 of a large file and the
+git hash of a small one.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import difflib
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
+from huggingface_hub.utils.tqdm import tqdm
 
 from phenoseq._version import __version__
+from phenoseq.disk import is_full
 from phenoseq.errors import ModelError
-from phenoseq.models.files import CONFIG, WEIGHTS
-from phenoseq.zoo.convert import convert_checkpoint, sha256_of
+from phenoseq.models.files import CONFIG, WEIGHTS, about_pickles, config_text
+from phenoseq.models.load import read_any_config
+from phenoseq.zoo.cards import CARD, METRICS
+
+TRAINING = "training.yaml"
+#: What is read of a repository besides the weights; nothing else in it is ever fetched.
+SMALL = (CONFIG, CARD, METRICS, TRAINING)
+
+_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_HASHES = {40: "git", 64: "sha256"}
 
 
 @dataclass(frozen=True)
-class HubFiles:
-    """A checkpoint of the published project on the hub.
-
-    Attributes
-    ----------
-    repo
-        Repository, ``OWNER/NAME``.
-    checkpoint, statistics
-        Its files with the weights, and with mean and std of the image features.
-    download, kept
-        How much is fetched, and how much is kept after the conversion, for a person to read.
-    """
+class Reference:
+    """A repository of the hub, at a branch, tag or commit; by default its main branch."""
 
     repo: str
-    checkpoint: str
-    statistics: str
-    download: str
-    kept: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
 
 
-def is_here(name: str, files: HubFiles) -> bool:
-    """Tell whether a model can be had without the network."""
-    home = _home(name, files)
-    record = _read(home)
-    if "converted" in record and (home / "model").is_dir():
-        return True
-    cached = (
-        huggingface_hub.try_to_load_from_cache(files.repo, file, revision=record.get("commit"))
-        for file in (files.statistics, files.checkpoint)
-    )
-    return all(isinstance(path, str) for path in cached)
+def parse_reference(text: str) -> Reference | None:
+    """Read ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; None where it is neither."""
+    match = _REFERENCE.fullmatch(text)
+    if match is None or ".." in text or "--" in text:
+        return None
+    return Reference(match["repo"], match["revision"])
 
 
-def obtain(name: str, files: HubFiles, *, download: bool) -> Path:
-    """Return the folder of a converted model, made where it is not there yet.
+def fetch(reference: Reference, *, weights: bool = True, known: Sequence[str] = ()) -> Path:
+    """Return the folder in the cache with the files of a model, fetched where they are not there.
+
+    Its configuration is read before its weights are fetched. A branch is looked up each time, and
+    where the hub cannot be reached, is what it was at the last time; a commit that is in the cache
+    needs no network.
 
     Parameters
     ----------
-    name, files
-        What it is called in the zoo, and where it is.
-    download
-        Whether it may be downloaded.
+    reference
+        Which.
+    weights
+        Fetch the weights too, and not only configuration, card, scores and settings.
+    known
+        Repositories, of which the nearest is named where there is none of that name.
 
     Raises
     ------
     ModelError
-        Where it would have to be downloaded and may not, cannot be fetched, or is not what the
-        first download gave.
+        Where it cannot be had, is no model of phenoseq, or is not what the hub says it is.
     """
-    home = _home(name, files)
-    record, model = _read(home), home / "model"
-    if "converted" in record and model.is_dir():
-        if record["converted"] != _digests(model):
-            raise ModelError(
-                f"{model}: is not what was converted there; delete that folder, and the next use "
-                "makes it again"
-            )
-        return model
-    if not download and not is_here(name, files):
-        raise ModelError(
-            f"{name}: is not on this machine yet, and takes {files.download} to download; allow "
-            f"that with phenoseq.load_model({name!r}, download=True), or on the command line with "
-            "--yes"
-        )
-    statistics = _fetch(files.repo, files.statistics, record.get("commit"), download)
-    commit = statistics.parent.name  # the cache has a folder for each commit
-    checkpoint = _fetch(files.repo, files.checkpoint, commit, download)
-    found = {path.name: sha256_of(path) for path in (statistics, checkpoint)}
-    if record and record["files"] != found:
-        changed = [file for file in found if record["files"].get(file) != found[file]]
-        raise ModelError(
-            f"{files.repo}: {changed} at commit {commit} are not the files that were trusted at "
-            f"the first download; someone has changed them. If you know why, delete {home} to "
-            "trust what is there now"
-        )
-    record = {"repo": files.repo, "commit": commit, "files": found}
-    _write(home, record)
-    shutil.rmtree(model, ignore_errors=True)
-    convert_checkpoint(checkpoint, model, features=statistics, repo=files.repo, commit=commit)
-    _write(home, {**record, "converted": _digests(model)})
-    return model
+    folder = snapshot(reference, SMALL, known=known)
+    if (folder / CONFIG).is_file():
+        read_any_config(*config_text(folder))
+        if not weights:
+            return folder
+        folder = snapshot(Reference(reference.repo, folder.name), (WEIGHTS,))  # the same commit
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            hint = _about_pickles(Reference(reference.repo, folder.name))
+            raise ModelError(f"{reference}: no {name} there, so it is no phenoseq model{hint}")
+    return folder
 
 
-def _home(name: str, files: HubFiles) -> Path:
-    return huggingface_hub.cached_assets_path("phenoseq", files.repo, name)
+def snapshot(
+    reference: Reference, names: Sequence[str], *, local: bool = False, known: Sequence[str] = ()
+) -> Path:
+    """Return the folder in the cache with those of some files that a repository has, each checked.
 
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {
-        file: sha256_of(folder / file) for file in (CONFIG, WEIGHTS) if (folder / file).exists()
-    }
-
-
-def _read(home: Path) -> dict[str, Any]:
-    path = home / "record.json"
-    if not path.exists():
-        return {}
+    It is named by the commit. ``local`` keeps away from the network; else as :func:`fetch`.
+    """
     try:
-        record = json.loads(path.read_text())
-        return {**record, "commit": str(record["commit"]), "files": dict(record["files"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path}: broken, so that nothing there can be checked; delete {home}"
-        ) from error
-
-
-def _write(home: Path, record: dict[str, Any]) -> None:
-    partial = home / "record.json.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, home / "record.json")
-
-
-def _fetch(repo: str, file: str, revision: str | None, download: bool) -> Path:
-    try:
-        path = huggingface_hub.hf_hub_download(
-            repo,
-            file,
-            revision=revision,
-            local_files_only=not download,
+        folder = huggingface_hub.snapshot_download(
+            reference.repo,
+            revision=reference.revision,
+            allow_patterns=list(names),
+            local_files_only=local,
+            tqdm_class=_Bar,
             library_name="phenoseq",
             library_version=__version__,
         )
     except Exception as error:  # those of whichever HTTP library the client uses
-        first = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"{repo}: cannot fetch {file} from {constants.ENDPOINT} ({type(error).__name__}: "
-            f"{first}). Check the network; or fetch it on another machine and copy its cache, "
+        raise explain(error, str(reference), known=known) from error
+    for name in names:
+        path = Path(folder) / name
+        if path.is_file() and (problem := digest_problem(path)):
+            remove(path)
+            raise ModelError(
+                f"{path}: is not the file that the hub has ({problem}), and was removed: it was "
+                "changed on the way or on this disk; fetch it again"
+            )
+    return Path(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file of the cache, so that it is fetched again."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def digest_problem(path: Path) -> str | None:
+    """Compare a file of the cache with its ETag, by whose name it is kept.
+
+    Returns
+    -------
+    What is wrong; None where nothing is, or where the cache is on a disk without links, which keeps
+    no ETag.
+    """
+    blob = path.resolve()
+    kind = _HASHES.get(len(blob.name))
+    if blob == path.absolute() or blob.parent.name != "blobs" or kind is None:
+        return None
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+    if kind == "git":
+        digest.update(f"blob {blob.stat().st_size}\0".encode())
+    with blob.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    if digest.hexdigest() == blob.name:
+        return None
+    return f"{kind} hash {digest.hexdigest()[:12]}..., the hub said {blob.name[:12]}..."
+
+
+def cached_models() -> Iterator[tuple[Reference, Path]]:
+    """Go through the models of phenoseq in the cache: what they are, and their folder."""
+    if not Path(constants.HF_HUB_CACHE).is_dir():
+        return
+    for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda r: str(r.repo_id)):
+        for revision in sorted(repo.revisions, key=lambda r: r.commit_hash):
+            folder = revision.snapshot_path
+            if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+                continue
+            try:
+                read_any_config(*config_text(folder))
+            except ModelError:
+                continue  # of another library
+            yield Reference(repo.repo_id, revision.commit_hash), folder
+
+
+def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelError:
+    """Turn an error of huggingface_hub, or of what it stands on, into one that says what to do.
+
+    Parameters
+    ----------
+    error
+        What it raised.
+    what
+        Was asked for: ``OWNER/NAME``, perhaps with a revision.
+    known
+        Repositories, of which the nearest is named where there is none of that name.
+    """
+    endpoint = constants.ENDPOINT
+    first = str(error).strip().partition("\n")[0][:300]
+    if is_full(error):
+        say = f"the disk is full; free some space, or set HF_HOME (now {constants.HF_HOME})"
+    elif isinstance(error, errors.GatedRepoError):
+        say = (
+            f"is gated: open {endpoint}/{what.partition('@')[0]}, ask for access, and say who you "
+            "are with 'hf auth login' or the variable HF_TOKEN"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        near = difflib.get_close_matches(what.partition("@")[0], known, n=1, cutoff=0.6)
+        say = f"{endpoint} has no such repository, or it is private" + (
+            f"; did you mean {near[0]!r}?"
+            if near
+            else ". Look at the name; for a private one say who you are with 'hf auth login' or "
+            "the variable HF_TOKEN"
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        repo, _, revision = what.partition("@")
+        say = (
+            f"{repo} has no revision {revision or 'main'!r}, or not any longer; leave it out for "
+            f"the newest, or choose one from {endpoint}/{repo}/commits/main"
+        )
+    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
+        say = f"lacks a file that was asked for ({first})"
+    elif isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        say = (
+            f"{endpoint} refuses ({first}). Is the token right, and allowed to do this? Say who "
+            "you are with 'hf auth login' or the variable HF_TOKEN"
+        )
+    elif isinstance(error, errors.HFValidationError):
+        say = f"is no name of a repository ({first})"
+    elif _caused_by(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        say = (
+            "is not in the cache, and HF_HUB_OFFLINE says not to use the network; unset it, or "
+            "fetch the model elsewhere with 'phenoseq models download' and copy that cache, "
             f"{constants.HF_HOME}"
-        ) from error
-    return Path(path)
+        )
+    elif "Consistency check failed" in str(error):
+        say = f"the connection broke, and nothing of the file was kept ({first}); try again"
+    else:
+        say = (
+            f"cannot be had from {endpoint} ({type(error).__name__}: {first}). Check the network "
+            "and its proxy; or fetch the model on another machine with 'phenoseq models download' "
+            f"and copy its cache, {constants.HF_HOME}"
+        )
+    return ModelError(f"{what}: {say}")
+
+
+class _Bar(tqdm):
+    """The client's progress bar, on a terminal only."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        how["disable"] = how.get("disable") or not sys.stderr.isatty()
+        super().__init__(*args, **how)  # type: ignore[no-untyped-call]
+
+
+def _about_pickles(reference: Reference) -> str:
+    """Say what to do where there are pickles instead."""
+    try:
+        api = huggingface_hub.HfApi(library_name="phenoseq", library_version=__version__)
+        names = api.list_repo_files(reference.repo, revision=reference.revision)
+    except Exception:  # then there is nothing to add
+        return ""
+    return about_pickles(names)
+
+
+def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None:
+        if isinstance(error, kind):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from phenoseq.data.readers import open_source
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
 
 
 def main(folder: Path) -> None:

@@ -27,6 +27,9 @@ def main() -> None:
     bench("Start-up", str(HERE / "startup.py"))
     bench("Accuracy of the samplers", str(HERE / "diffusion_accuracy.py"))
     bench("The published network, ours against the plain way", str(HERE / "published.py"))
+    bench("Two processes against one", str(HERE / "ddp.py"))
+    bench("Gradient checkpointing of the encoder", str(HERE / "recompute.py"))
+    bench("predict to a file: memory", str(HERE / "memory.py"))
     if not SECTION.is_dir():
         print(f"\nno Xenium section at {SECTION}: the benchmarks on it are left out")
         return
@@ -36,6 +39,7 @@ def main() -> None:
         command = ["-m", "phenoseq.cli", "prepare", str(SECTION), store]
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         bench("Streaming a store", str(HERE / "streaming.py"), store)
+        bench("Codec, chunk and shard of a store", str(HERE / "layout.py"), store)
         bench("Fine-tuning on cached tokens", str(HERE / "caching.py"), store)
         bench("decode: how many neighbours", str(HERE / "neighbours.py"), store)
         bench("Steps: quality against cost", str(HERE / "steps.py"), store)

@@ -18,7 +18,8 @@ from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.splits import SplitConfig
 from phenoseq.evaluation.report import normalised, score, scored_genes
 from phenoseq.inference.inputs import open_inputs
-from phenoseq.inference.predictor import BATCH, run
+from phenoseq.inference.predictor import BATCH, image_job
+from phenoseq.inference.table import predict_table
 
 CELLS = 4096
 
@@ -44,7 +45,8 @@ def main(store: str, name: str) -> None:
         print("|---|---|---|---|---|")
         for steps in (1, 2, 3, 4, 6, 8, 12, 20):
             cost = timed(lambda n=steps: model.generate(context, noise, steps=n))
-            scores, _ = score("model", truth, run(model, inputs, steps=steps), genes)
+            made = predict_table(image_job(model, inputs, steps=steps))
+            scores, _ = score("model", truth, made, genes)
             print(
                 f"| {steps} | {cost / encoder:.2f} | {scores.pcc_gene_median:.4f} | "
                 f"{scores.variance_ratio:.2f} | "

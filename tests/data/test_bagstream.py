@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import sparse
 
+from phenoseq.data import arrays as arrays_module
 from phenoseq.data import bagstream as bagstream_module
 from phenoseq.data import dataset as dataset_module
-from phenoseq.data import store as store_module
 from phenoseq.data.backed import Cells
 from phenoseq.data.bagstream import BagStream
 from phenoseq.data.samplemodule import SampleDataModule
@@ -27,8 +27,8 @@ BY_REPLICATE = SplitConfig(
 
 def make(path, features, rna, config=None):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "CHUNK", 4)
-        patch.setattr(store_module, "SHARD", 32)
+        patch.setattr(arrays_module, "CHUNK", 4)
+        patch.setattr(arrays_module, "SHARD", 32)
         options = {"columns": ["Treatment", "Replicate"], "config": config or RnaConfig()}
         return write_sample_store(Cells(features), Cells(rna), path, **options)[0]
 
@@ -172,7 +172,7 @@ def test_embeddings_and_crops(tmp_path, ramp_source, rna):
     )
     batch = next(iter(BagStream(store.path, np.array([0]), n_images=3, batch_size=4, shuffle=True)))
     assert batch["images"].shape == (4, 3, 2, 8, 8)
-    assert batch["images"].dtype == torch.int32  # torch has no arithmetic on uint16
+    assert batch["images"].dtype == torch.uint16
     np.testing.assert_array_equal(
         batch["images"][0], store.images.take(batch["image_rows"][0].numpy())
     )
@@ -334,13 +334,14 @@ def test_module_draws_for_statistics(store):
     there = store.images.take(image_rows)
     assert all((row == there).all(axis=1).any() for row in drawn)
     np.testing.assert_array_equal(data.image_sample("train", 10**6), there)
-    rna = data.rna_sample("train", 20)
+    assert sparse.issparse(data.rna_sample("train", 20))
+    rna, everything = (data.rna_sample("train", n).toarray() for n in (20, 10**6))
     assert 20 <= len(rna) <= 20 + len(train)
-    everything = data.rna_sample("train", 10**6)
-    assert not sparse.issparse(everything)
     assert set(rna[:, 0]) <= set(everything[:, 0])
-    assert len(everything) == sum(
-        np.diff(store.samples[["rna_start", "rna_stop"]].iloc[s])[0] for s in train
+    assert (
+        len(everything)
+        == data.n_cells("train")
+        == sum(np.diff(store.samples[["rna_start", "rna_stop"]].iloc[s])[0] for s in train)
     )
 
 
@@ -348,3 +349,31 @@ def test_too_few_bags(stream, monkeypatch):
     in_rank(monkeypatch, 60, 0)
     with pytest.raises(DataError, match=r"bags cannot be shared by 60 readers"):
         len(stream(n_rna=50, batch_size=1))
+
+
+def test_module_state_is_where_training_is(store):
+    """As a checkpoint holds it: another datamodule goes on in the middle, then with the next."""
+    data = module(store)
+    loader = data.train_dataloader()
+    list(loader)
+    second = iter(loader)
+    next(second)
+    state = data.state_dict()
+    assert state == {"epoch": 1, "start": 1}
+    rest, third = list(second), list(loader)
+    again = module(store)
+    assert again.state_dict() == {}
+    again.load_state_dict(state)
+    loader = again.train_dataloader()
+    same(list(loader), rest)
+    same(list(loader), third)
+
+
+def test_a_part_can_be_given_to_one_rank_alone(store, monkeypatch):
+    whole = [batch["rows"] for batch in module(store).fixed("val", 10**6)]
+    in_rank(monkeypatch, 2, 1)
+    data = module(store)
+    share = [batch["rows"] for batch in data.fixed("val", 10**6)]
+    assert 0 < sum(map(len, share)) < sum(map(len, whole))
+    alone = [batch["rows"] for batch in data.fixed("val", 10**6, alone=True)]
+    assert torch.equal(torch.cat(alone), torch.cat(whole))

@@ -80,3 +80,16 @@ def test_nothing_is_left_of_a_failure(images, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no"):
         segment_folder(images, tmp_path / "out", pixel_size=1.0)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_other_layouts(cellprofiler_folder, tmp_path, capsys):
+    """The stain DNA of whatever a reader opens; its own cells are not asked."""
+    fake = cellprofiler_folder(size=(60, 200), fields=(("P1", "B03", 1), ("P1", "B03", 2)))
+    for n, field in ((2, "P1_B03_1"), (3, "P1_B03_2")):
+        tifffile.imwrite(fake.images[field, "DNA"], dna(n))
+    command = ["segment", str(fake.path), "-o", str(tmp_path / "out"), "--pixel-size", "1"]
+    assert main([*command, "--format", "xenium"]) == 1
+    assert "morphology_focus" in capsys.readouterr().err
+    assert main([*command, "--format", "cellprofiler"]) == 0
+    assert "P1_B03_1: 2 nuclei\nP1_B03_2: 3 nuclei\n" in capsys.readouterr().out
+    assert tifffile.imread(tmp_path / "out/masks/P1_B03_2.tif").max() == 3

@@ -13,7 +13,7 @@ from scipy import sparse
 from phenoseq.data import pairing as pairing_module
 from phenoseq.data.backed import Cells
 from phenoseq.data.pairing import facts_of_samples, join_counts, pair_cells, pair_samples
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError
 
 

@@ -15,15 +15,16 @@ import pytest
 from scipy import sparse
 
 from phenoseq.cli import main
+from phenoseq.data import arrays as arrays_module
+from phenoseq.data import csr as csr_module
 from phenoseq.data import pairing as pairing_module
-from phenoseq.data import samplewriter
-from phenoseq.data import store as store_module
 from phenoseq.data.backed import Cells
 from phenoseq.data.samplestore import SampleManifest, SampleStore
 from phenoseq.data.samplewriter import RnaConfig, write_sample_store
 from phenoseq.data.source import Problem
 from phenoseq.data.splits import UNASSIGNED, SplitConfig
 from phenoseq.data.store import Store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError
 
 COLUMNS = ["Treatment", "Replicate"]
@@ -45,10 +46,10 @@ def written(path, images, rna, **options):
 def small_blocks(monkeypatch):
     """Read and write a few rows at a time."""
     monkeypatch.setattr(pairing_module, "BUDGET", 700)
-    monkeypatch.setattr(store_module, "CHUNK", 8)
-    monkeypatch.setattr(store_module, "SHARD", 32)
-    monkeypatch.setattr(samplewriter, "NNZ_CHUNK", 16)
-    monkeypatch.setattr(samplewriter, "NNZ_SHARD", 64)
+    monkeypatch.setattr(arrays_module, "CHUNK", 8)
+    monkeypatch.setattr(arrays_module, "SHARD", 32)
+    monkeypatch.setattr(csr_module, "NNZ_CHUNK", 16)
+    monkeypatch.setattr(csr_module, "NNZ_SHARD", 64)
 
 
 # ------------------------------------------------------------------------------------ round trip
@@ -282,7 +283,7 @@ def test_the_two_kinds_of_store_are_not_mixed_up(tmp_path, features, rna, ramp_s
     store = written(tmp_path / "s.zarr", Cells(features()), Cells(rna()))
     with pytest.raises(DataError, match="pairs images and RNA by sample, not by cell"):
         Store(store.path)
-    cell = store_module.write_store(ramp_source(80), tmp_path / "c.zarr", pixel_size=0.5, crop_px=8)
+    cell = write_store(ramp_source(80), tmp_path / "c.zarr", pixel_size=0.5, crop_px=8)
     with pytest.raises(DataError, match="by cell; open it with Store"):
         SampleStore(cell.path)
     with pytest.raises(DataError, match="no phenoseq store; make one with"):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from phenoseq.data.readers.scgenescope import PROTOCOL
 from phenoseq.data.splits import LEFT_OUT, PARTS, UNASSIGNED, SplitConfig, make_split
 from phenoseq.errors import DataError
 
@@ -210,6 +211,57 @@ def test_declared_groups_fall_where_they_are_told():
         result.rows("cal")
     with pytest.raises(DataError, match="no part 'unassigned'"):
         result.rows(UNASSIGNED)
+
+
+KINDS = {
+    "block": SplitConfig(),
+    "small block": SplitConfig(block=40.0, test=0.3),
+    "field": SplitConfig(by="field", block=None, test=0.34, val=0, cal=0.34),
+    "plate": SplitConfig(by="Metadata_Plate", block=None, test=0.25, val=0.25, cal=0),
+    "well": SplitConfig(by="Metadata_Well", block=None),
+    "donor": SplitConfig(by="Metadata_Donor", block=None),
+    "treatment": SplitConfig(by="Metadata_Treatment", block=None, test=0.3),
+    "batch": SplitConfig(by="batch", block=None, test=0.34, val=0.34, cal=0),
+    "donors told": declared({"train": ["d1", "d2"], "test": ["d0"]}, by="Metadata_Donor"),
+    "scGeneScope": PROTOCOL,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_group_is_on_two_sides(kind, seed):
+    """Whatever cells of a source are in the store, in whatever order, and of whatever dtype."""
+    rng = np.random.default_rng(seed)
+    everyone = cells(3000, seed=seed).assign(
+        field=rng.choice(["f0", "f1", "f2"], 3000),
+        Metadata_Plate=rng.integers(0, 4, 3000) + 2**60,
+        Metadata_Well=pd.Categorical(rng.choice([f"A{k:02d}" for k in range(1, 25)], 3000)),
+        Metadata_Donor=[f"d{k}" for k in rng.zipf(1.5, 3000) % 12],
+        Metadata_Treatment=rng.choice(["DMSO", "drug é", "drug/2", "x" * 99], 3000),
+        batch=rng.choice(["b1", "b2", "b3"], 3000),
+        Replicate=rng.choice(list("12345"), 3000),
+    )
+    obs = everyone.sample(frac=0.7, random_state=seed)
+    config = KINDS[kind]
+    result = split(obs, config, occupied=everyone)
+    assert len(result.part) == len(result.group) == len(obs)
+    sides = pd.DataFrame({"group": result.group, "part": result.part})
+    sides = sides[~sides["part"].isin([LEFT_OUT, UNASSIGNED])].drop_duplicates()
+    assert sides["group"].is_unique
+    assert len(set(sides["part"])) >= 2
+    if config.block is None:
+        assert (result.group == obs[config.by].astype(str)).all()
+    other = split(everyone, config, occupied=everyone)  # all cells: the same side for each
+    again = pd.Series(other.part, index=everyone.index)[obs.index]
+    assert (again.to_numpy() == result.part).all()
+
+
+def test_the_protocol_of_scgenescope():
+    """Train on replicate 3, select on 5; 4 is the test within, 1 and 2 the one held out."""
+    obs = cells(50).assign(Replicate=[str(1 + i % 5) for i in range(50)])
+    result = split(obs, PROTOCOL)
+    where = {"3": "train", "5": "val", "4": "test_we", "1": "test_he", "2": "test_he"}
+    assert result.part.tolist() == [where[replicate] for replicate in obs["Replicate"]]
 
 
 def test_a_declared_part_may_be_absent_but_not_half_there():

@@ -23,12 +23,14 @@ import zarr
 from scipy import sparse
 from zarr.storage import LocalStore
 
+from phenoseq.data import arrays as arrays_module
 from phenoseq.data import crops as crops_module
-from phenoseq.data import store as store_module
+from phenoseq.data import storewriter as storewriter_module
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import open_source
 from phenoseq.data.source import FieldImage, Level, Problem
-from phenoseq.data.store import Manifest, Store, is_store, write_store
+from phenoseq.data.store import Manifest, Store, is_store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +65,7 @@ def names_in(folder):
 
 @pytest.mark.parametrize("shard", [64, 128, 2048])
 def test_round_trip(tmp_path, source, monkeypatch, shard):
-    monkeypatch.setattr(store_module, "SHARD", shard)
+    monkeypatch.setattr(arrays_module, "SHARD", shard)
     store = small(tmp_path / "s.zarr", source)
     table = store.table()
 
@@ -144,7 +146,7 @@ def test_counts_and_crops_of_some_cells_in_any_order(store):
 
 
 def test_large_crops_have_fewer_cells_in_a_chunk(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(store_module, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(arrays_module, "CHUNK_BYTES", 5000)
     crops = small(tmp_path / "s.zarr", source, crop_px=24).crops
     assert crops.chunks[0] == 5000 // (2 * 24 * 24 * 2)
     assert crops.shards[0] == 16 * crops.chunks[0]
@@ -349,8 +351,8 @@ def failing_after(source, n_batches, error):
 @pytest.fixture
 def small_regions(monkeypatch):
     monkeypatch.setattr(crops_module, "REGION", 100)
-    monkeypatch.setattr(store_module, "CHUNK", 16)
-    monkeypatch.setattr(store_module, "SHARD", 64)
+    monkeypatch.setattr(arrays_module, "CHUNK", 16)
+    monkeypatch.setattr(arrays_module, "SHARD", 64)
 
 
 def test_existing_target_is_refused(store, source):
@@ -433,7 +435,7 @@ def test_exception_at_the_end_leaves_nothing(tmp_path, source, monkeypatch):
     def fail(*_, **__):
         raise ValueError("last step")
 
-    monkeypatch.setattr(store_module, "Manifest", fail)
+    monkeypatch.setattr(storewriter_module, "Manifest", fail)
     with pytest.raises(ValueError, match="last step"):
         small(tmp_path / "s.zarr", source)
     assert names_in(tmp_path) == []
@@ -444,15 +446,16 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import make_source
-from phenoseq.data import crops, store
-crops.REGION, store.CHUNK, store.SHARD = 100, 16, 64
+from phenoseq.data import arrays, crops
+from phenoseq.data.storewriter import write_store
+crops.REGION, arrays.CHUNK, arrays.SHARD = 100, 16, 64
 
 def wait(done, total):
     if done > 100:
         print("writing", flush=True)
         time.sleep(60)
 
-store.write_store(make_source(250), Path({path!r}), pixel_size=0.5, crop_px=16, progress=wait)
+write_store(make_source(250), Path({path!r}), pixel_size=0.5, crop_px=16, progress=wait)
 """
 
 
@@ -468,16 +471,13 @@ def test_killed_in_the_middle(tmp_path, source):
     try:
         assert process.stdout.readline().strip() == b"writing"
         (running,) = names_in(tmp_path)
-        assert running.endswith(str(process.pid))
-        # Another run leaves alone what a live one is writing.
-        small(path, source)
-        assert names_in(tmp_path) == [running, "s.zarr"]
-        Store(path)
+        with pytest.raises(DataError, match=r"s\.zarr: another process is writing it; wait"):
+            small(path, source, overwrite=True)
+        assert names_in(tmp_path) == [running]
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    shutil.rmtree(path)
     assert names_in(tmp_path) == [running]
     assert list((tmp_path / running).rglob("crops/c/*"))  # it had begun to write
     assert not is_store(path)
@@ -487,13 +487,27 @@ def test_killed_in_the_middle(tmp_path, source):
     assert names_in(tmp_path) == ["s.zarr"]
 
 
-def test_leftover_of_the_same_process_id(tmp_path, source):
-    """In containers a process id comes back at once."""
-    leftover = tmp_path / f".s.zarr.partial-{os.getpid()}"
-    (leftover / "new").mkdir(parents=True)
-    zarr.create_group(leftover / "new", zarr_format=3)
-    small(tmp_path / "s.zarr", source)
-    assert names_in(tmp_path) == ["s.zarr"]
+@pytest.mark.usefixtures("small_regions")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_process_was_faster(tmp_path, source, ramp_source, overwrite):
+    """Both began at the same moment: one store is there, whole, whichever it is."""
+    path, other = tmp_path / "s.zarr", ramp_source(100, seed=5)
+
+    def meanwhile(done, total):
+        if not path.exists():
+            small(tmp_path / "elsewhere.zarr", other).path.rename(path)
+
+    if overwrite:
+        store = small(path, source, overwrite=True, progress=meanwhile)
+        assert store.manifest.excluded != small(tmp_path / "t.zarr", other).manifest.excluded
+        assert len(store) > 200
+    else:
+        with pytest.raises(DataError, match=r"another process has written it meanwhile.*kept"):
+            small(path, source, progress=meanwhile)
+        assert names_in(tmp_path) == ["s.zarr"]
+        assert len(Store(path)) < 100
+    left = Store(path)
+    assert len(left.table()) == len(left.read(0, len(left)))
 
 
 def test_other_files_beside_the_store_stay(tmp_path, source):
@@ -534,7 +548,7 @@ def test_full_disk(tmp_path, source, ramp_source, monkeypatch, overwrite, when, 
 
     monkeypatch.setattr(LocalStore, "set", full_set)
     if when == "close":
-        monkeypatch.setattr(store_module, "Manifest", fail)
+        monkeypatch.setattr(storewriter_module, "Manifest", fail)
     with pytest.raises(DataError, match=r"s\.zarr: the disk is full .*nothing was written"):
         small(path, source, overwrite=overwrite)
     monkeypatch.undo()
@@ -579,9 +593,9 @@ def test_corrupt_chunk(store):
     data[middle] ^= 0x01  # one bit
     file.write_bytes(data)
     damaged = Store(store.path)
-    with pytest.raises(DataError, match=r"s\.zarr/crops, cells 0 to \d+: cannot be read"):
+    with pytest.raises(DataError, match=r"s\.zarr/crops/c/0/0/0/0, rows 0 to \d+: cannot be read"):
         damaged.read(0, len(damaged))
-    with pytest.raises(DataError, match=r"s\.zarr/crops, cells"):
+    with pytest.raises(DataError, match=r"s\.zarr/crops/c/0/0/0/0, rows"):
         damaged.take(np.arange(len(damaged)))
 
 
@@ -595,7 +609,7 @@ def test_truncated_shard(store, cut_file, share):
 
 def test_missing_shard(tmp_path, source, monkeypatch):
     """Zarr would read zeros for it."""
-    monkeypatch.setattr(store_module, "SHARD", 64)
+    monkeypatch.setattr(arrays_module, "SHARD", 64)
     store = small(tmp_path / "s.zarr", source)
     (store.path / "crops" / "c" / "2" / "0" / "0" / "0").unlink()
     with pytest.raises(DataError, match=r"s\.zarr/crops/c/2/0/0/0: missing.*damaged"):
@@ -669,7 +683,7 @@ def test_broken_manifest(store, change):
 def test_memory_does_not_grow_with_the_image(tmp_path, ramp_source, monkeypatch):
     """Sixteen times the area and cells: the same crops in memory, only the tables grow."""
     monkeypatch.setattr(crops_module, "REGION", 256)
-    monkeypatch.setattr(store_module, "SHARD", 128)
+    monkeypatch.setattr(arrays_module, "SHARD", 128)
     template = ramp_source(1)
 
     def peak(side, n):
@@ -699,3 +713,47 @@ def test_problems_of_the_source_are_in_the_manifest(ramp_source, tmp_path):
     store = write_store(source, tmp_path / "a.zarr", pixel_size=0.5, crop_px=16)
     assert store.manifest.problems == (asdict(problem),)
     assert Store(tmp_path / "a.zarr").manifest.problems == (asdict(problem),)
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+def renamed(source, names):
+    return replace(source, obs=source.obs.set_axis(pd.Index(names, dtype=object)))
+
+
+def test_cell_ids_that_stand_there_twice(tmp_path, ramp_source):
+    source = ramp_source(40)
+    names = [f"c{min(k, 37)}" for k in range(40)]
+    with pytest.raises(DataError, match=r"2 cell ids stand there more than once, e\.g\. \['c37'\]"):
+        small(tmp_path / "s.zarr", renamed(source, names))
+    assert names_in(tmp_path) == []
+
+
+def test_long_integers_stay_cell_ids(tmp_path, ramp_source):
+    """As floats, they would all be one."""
+    source = ramp_source(40)
+    names = [str(2**62 + k) for k in range(40)]
+    store = small(tmp_path / "s.zarr", renamed(source, names))
+    found = Store(store.path).obs().index
+    assert found.is_unique
+    assert set(found) <= set(names)
+    assert all(isinstance(name, str) for name in found)
+
+
+def test_spaces_and_accents_in_the_path(tmp_path, source):
+    path = tmp_path / "Übung é 1 [a]*" / "größe 2.zarr"
+    store = small(path, source)
+    assert len(Store(path)) == len(store)
+    small(path, source, overwrite=True)
+    assert names_in(path.parent) == ["größe 2.zarr"]
+    np.testing.assert_array_equal(store.read(3, 5), store.crops[3:5])
+
+
+@pytest.mark.parametrize("part", ["data", "indices"])
+def test_broken_counts(store, cut_file, part):
+    (file,) = [p for p in (store.path / f"table/X/{part}/c").rglob("*") if p.is_file()]
+    cut_file(file, 0.5)
+    with pytest.raises(DataError, match=rf"table/X/{part}/c/0, rows 0 to \d+: cannot be read"):
+        Store(store.path).counts(np.arange(10))
+    Store(store.path).read(0, 10)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from phenoseq.data import arrays as arrays_module
 from phenoseq.data import dataset as dataset_module
-from phenoseq.data import store as store_module
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.dataset import CellStream
 from phenoseq.data.splits import SplitConfig
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
+from phenoseq.data.window import Window
 from phenoseq.errors import DataError
 
 BY_WELL = SplitConfig(by="Metadata_Well", block=None, test=0.2, val=0.25, cal=0.1)
@@ -24,8 +25,8 @@ def store(tmp_path_factory, ramp_source):
     """Give a store of about 380 cells in chunks of 16 and shards of 64."""
     path = tmp_path_factory.mktemp("stream") / "s.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "CHUNK", 16)
-        patch.setattr(store_module, "SHARD", 64)
+        patch.setattr(arrays_module, "CHUNK", 16)
+        patch.setattr(arrays_module, "SHARD", 64)
         return write_store(ramp_source(400), path, pixel_size=0.5, crop_px=8)
 
 
@@ -85,10 +86,8 @@ def test_shuffling_mixes_the_cells(stream):
 
 def test_shards_are_read_whole_and_once(stream, store, monkeypatch):
     read = []
-    take = store_module.Store.take
-    monkeypatch.setattr(
-        store_module.Store, "take", lambda self, some: read.append(some) or take(self, some)
-    )
+    load = Window.load
+    monkeypatch.setattr(Window, "load", lambda self, some: read.append(some) or load(self, some))
     list(stream(window=1, batch_size=2))
     shards = [some // store.shard for some in read if len(some)]
     assert all(shard.min() == shard.max() for shard in shards)
@@ -114,7 +113,7 @@ def test_images_and_counts_are_of_their_cell(stream, store, counts, shuffle):
     crops, dense = store.crops[:], counts.toarray()
     for batch in stream(shuffle=shuffle, window=2):
         chosen = batch["rows"].numpy()
-        assert batch["images"].dtype == torch.int32  # torch has no arithmetic on uint16
+        assert batch["images"].dtype == torch.uint16
         assert batch["counts"].dtype == torch.float32
         np.testing.assert_array_equal(batch["images"], crops[chosen])
         np.testing.assert_array_equal(batch["counts"], dense[chosen])
@@ -195,10 +194,8 @@ def test_going_on_in_the_middle_of_an_epoch(stream, monkeypatch, start, workers)
 
 def test_going_on_reads_no_cell_that_was_given(stream, monkeypatch):
     read = []
-    take = store_module.Store.take
-    monkeypatch.setattr(
-        store_module.Store, "take", lambda self, some: read.extend(some) or take(self, some)
-    )
+    load = Window.load
+    monkeypatch.setattr(Window, "load", lambda self, some: read.extend(some) or load(self, some))
     one = stream(window=1)
     one.start = len(one) - 1
     assert len(rows_of(one)) == 1

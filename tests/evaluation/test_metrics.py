@@ -8,7 +8,14 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from phenoseq.evaluation import pairs
-from phenoseq.evaluation.metrics import e_distance, mse, pcc_gene, variance_ratio
+from phenoseq.evaluation.metrics import (
+    coexpression_error,
+    e_distance,
+    mmd_rbf,
+    mse,
+    pcc_gene,
+    variance_ratio,
+)
 
 
 @pytest.fixture
@@ -144,3 +151,54 @@ def test_many_cells_are_subsampled_by_the_seed(rng, monkeypatch):
     assert e_distance(x, y, seed=1) != e_distance(x, y, seed=2)
     value, error = e_distance(x, y, seed=1)
     assert abs(value - brute(x, y)) < 4 * error
+
+
+# ------------------------------------------------------------------------- maximum mean discrepancy
+
+
+def brute_mmd(x, y):
+    within = cdist(x, x)[np.triu_indices(len(x), 1)]
+    median = np.sort(within)[(len(within) - 1) // 2]
+    total = 0.0
+    for width in median * np.array([0.25, 0.5, 1, 2, 4]):
+        kxx, kyy, kxy = (
+            np.exp(-(cdist(*ab) ** 2) / (2 * width**2)) for ab in ((x, x), (y, y), (x, y))
+        )
+        for k in (kxx, kyy):
+            np.fill_diagonal(k, 0)
+            total += k.sum() / (len(k) * (len(k) - 1)) / 5
+        total -= 2 * kxy.mean() / 5
+    return total
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 30), (40, 25)])
+def test_mmd_is_the_sum_over_pairs(rng, n, m):
+    x, y = rng.normal(size=(n, 6)), rng.normal(0.4, 1.3, (m, 6))
+    assert mmd_rbf(x, y)[0] == pytest.approx(brute_mmd(x, y), abs=1e-5)
+
+
+def test_mmd_of_equal_distributions_is_zero_within_its_error():
+    rng = np.random.default_rng(1)
+    found = [mmd_rbf(rng.normal(size=(60, 4)), rng.normal(size=(60, 4))) for _ in range(60)]
+    values, errors = np.array(found).T
+    assert abs(values.mean()) < 3 * values.std() / np.sqrt(60)
+    shifted = [mmd_rbf(rng.normal(size=(80, 3)), rng.normal(1, 1, (90, 3))) for _ in range(60)]
+    values, errors = np.array(shifted).T
+    assert errors.mean() == pytest.approx(values.std(), rel=0.3)
+
+
+# ----------------------------------------------------------------------------------- co-expression
+
+
+def test_coexpression_error_is_that_of_pearson_matrices(rng):
+    x, y = rng.normal(size=(80, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(80, 5))
+    upper = np.triu_indices(5, 1)
+    want = np.abs(np.corrcoef(x.T) - np.corrcoef(y.T))[upper].mean()
+    assert coexpression_error(x, y) == pytest.approx(want, abs=1e-9)
+    assert coexpression_error(x, 3 * x + 1) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_constant_gene_is_not_co_expressed():
+    true = np.array([[0.0, 0, 0], [1, 1, 0], [2, 2, 0]])  # pairs 1, 0, 0
+    draw = np.full((3, 3), 1.7, dtype=np.float32)
+    assert coexpression_error(true, draw) == pytest.approx(1 / 3)

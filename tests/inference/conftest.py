@@ -12,7 +12,8 @@ import torch
 import phenoseq
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.simulate import CHANNELS, PIXEL_SIZE, SimulatedPlate, simulate_plate
-from phenoseq.data.store import Store, write_store
+from phenoseq.data.store import Store
+from phenoseq.data.storewriter import write_store
 from phenoseq.models.config import ImageConfig, PhenoSeqConfig, TrainingRecord
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.encoder import EncoderConfig

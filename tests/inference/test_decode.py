@@ -425,7 +425,7 @@ def test_the_command_does_what_the_call_does(predicted, reference, files, capsys
 def test_the_command_explains_an_error(files, capsys):
     args = ["decode", str(files / "pred.h5ad"), "--reference", str(files / "rna.h5ad")]
     assert main([*args, "--key", "scVI", "-o", str(files / "out.h5ad")]) == 1
-    assert "error: rna.h5ad: no obsm['scVI']" in capsys.readouterr().err
+    assert "rna.h5ad: no 'obsm/scVI'; it has {'obsm': ['scGPT']" in capsys.readouterr().err
     assert not (files / "out.h5ad").exists()
 
 
@@ -434,15 +434,16 @@ def test_the_command_explains_an_error(files, capsys):
 
 CASES = {
     "no such key": (lambda p, r: r.obsm.update(X_pca=r.obsm.pop("scGPT")),
-                    r"no obsm\['scGPT'\]; its embeddings: 'X_pca'"),
-    "no embedding": (lambda p, r: r.obsm.pop("scGPT") is None, "its embeddings: none"),
+                    r"no 'obsm/scGPT'; it has \{'obsm': \['X_pca'\]"),
+    "no embedding": (lambda p, r: r.obsm.pop("scGPT") is None,
+                     r"no 'obsm/scGPT'; it has \{'obsm': \[\]"),
     "a table": (lambda p, r: r.obsm.update(scGPT=pd.DataFrame({"0": 1.0}, r.obs_names)),
-                r"obsm\['scGPT'\] is no plain array"),
+                r"obsm/scGPT: stored as (DataFrame|dataframe), of which rows cannot be read"),
     "another width": (lambda p, r: r.obsm.update(scGPT=r.obsm["scGPT"][:, :4]),
                       "has 4 numbers a cell, the predicted embeddings 6"),
     "too few cells": (lambda p, r: (p, r[:10].copy()), "has 10 cells; k = 10 needs more than 10"),
-    "reference without X": (lambda p, r: delattr(r, "X"), r"has no expression \(X\)"),
-    "reference without genes": (lambda p, r: (p, r[:, :0].copy()), r"has no expression \(X\)"),
+    "reference without X": (lambda p, r: delattr(r, "X"), "no 'X'; it has"),
+    "reference without genes": (lambda p, r: (p, r[:, :0].copy()), "X has no genes"),
     "empty prediction": (lambda p, r: (p[:0].copy(), r), "the prediction has no rows"),
     "prediction of nothing": (lambda p, r: (ad.AnnData(obs=p.obs), r), "neither X nor layers"),
     "NaN predicted": (lambda p, r: p.layers["draw_9"].__setitem__((2, 1), np.nan),
@@ -474,7 +475,7 @@ def test_what_cannot_be_decoded_is_named(predicted, reference, tmp_path, case, p
 def test_expression_stored_by_gene_is_refused_on_disk(predicted, reference, tmp_path, place):
     reference.X = sparse.csc_matrix(reference.X)
     getattr(reference, f"write_{place}")(tmp_path / f"rna.{place}")
-    with pytest.raises(DataError, match=r"stored gene by gene \(CSC\).*tocsr"):
+    with pytest.raises(DataError, match=r"stored as csc_matrix, of which rows.*csr_matrix"):
         phenoseq.decode(predicted, tmp_path / f"rna.{place}")
 
 
@@ -499,7 +500,7 @@ def test_files_that_are_no_anndata(predicted, reference, tmp_path, which, suffix
         return phenoseq.decode(*pair)
 
     path = tmp_path / f"some{suffix}"
-    with pytest.raises(DataError, match=f"some{suffix}: there is no such {which}"):
+    with pytest.raises(DataError, match=rf"some{suffix}: (there is )?no such ({which}|file)"):
         go(path)
     path.write_text("nothing") if suffix == ".h5ad" else path.mkdir()
     with pytest.raises(DataError, match=f"some{suffix}"):
@@ -507,7 +508,7 @@ def test_files_that_are_no_anndata(predicted, reference, tmp_path, which, suffix
     if suffix == ".h5ad":
         with h5py.File(path, "w") as file:
             file["matrix"] = [1]
-        with pytest.raises(DataError, match=r"some\.h5ad: holds no AnnData"):
+        with pytest.raises(DataError, match=r"some\.h5ad: (holds no|not a readable) AnnData"):
             go(path)
     with pytest.raises(DataError, match=rf"name a {which} that ends in \.h5ad or \.zarr"):
         go(tmp_path / "some.loom")

@@ -8,16 +8,22 @@ from dataclasses import replace
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
+import timm
 import torch
 
+import phenoseq
 from phenoseq.cli import main
+from phenoseq.data.backed import Cells
+from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import open_source
-from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.inference.extract import image_features
-from phenoseq.inference.writer import write_whole
-from phenoseq.models.features import FeatureConfig, FeatureExtractor
+from phenoseq.data.samplewriter import write_sample_store
+from phenoseq.errors import DataError, ModelError, PhenoseqWarning
+from phenoseq.inference.extract import feature_job
+from phenoseq.inference.table import make_table, predict_table
+from phenoseq.models.features import Extractor, FeatureConfig, FeatureExtractor
 
 FIVE = ("DNA", "RNA", "AGP", "Mito", "ER")
 SIDE, WIDTH = 32, 8
@@ -32,7 +38,12 @@ CONFIG = FeatureConfig(
     mlp_dim=16,
 )
 PLATE = (("P1", "B03", 1), ("P1", "B03", 2), ("P2", "B03", 1))
+SIX = (*PLATE, ("P2", "C03", 1), ("P2", "C04", 1), ("P2", "C05", 1))
 undocumented = pytest.mark.filterwarnings("ignore:.*how these were made is not documented")
+
+
+def image_features(source, extractor, progress=None, **options):
+    return predict_table(feature_job(source, extractor, **options), progress)
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +181,8 @@ def test_record(noisy, extractor):
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_what_comes_out_can_be_written(noisy, extractor, tmp_path, suffix):
     made = image_features(noisy()[1], extractor, device="cpu")
-    write_whole(made, tmp_path / f"out{suffix}")
-    back = (
-        ad.read_h5ad(tmp_path / "out.h5ad")
-        if suffix == ".h5ad"
-        else ad.read_zarr(tmp_path / "out.zarr")
-    )
+    job = feature_job(noisy(name="again")[1], extractor, device="cpu")
+    back = make_table(job, tmp_path / f"out{suffix}", "making features").to_memory()
     np.testing.assert_array_equal(back.X, made.X)
     assert list(back.uns["phenoseq"]["channels"]) == list(FIVE)
     assert list(back.obs["Metadata_Site"]) == list(made.obs["Metadata_Site"])
@@ -241,7 +248,7 @@ def test_cells_outside_are_left_out_and_recorded(noisy, extractor):
 @pytest.mark.parametrize("eight_bit", [None, "percentile"])
 @undocumented
 def test_field_damaged_inside_is_left_out_and_recorded(noisy, extractor, eight_bit):
-    fake, source = noisy()
+    fake, source = noisy(fields=SIX)
     whole = image_features(source, extractor, device="cpu")
     path = fake.images["P1_B03_2", "Mito"]
     with tifffile.TiffFile(path) as tif:
@@ -249,7 +256,7 @@ def test_field_damaged_inside_is_left_out_and_recorded(noisy, extractor, eight_b
     data = bytearray(path.read_bytes())
     data[start : start + n] = bytes(n)
     path.write_bytes(data)
-    with pytest.warns(PhenoseqWarning, match=rf"1 of 3 fields are left out.*{path.name}"):
+    with pytest.warns(PhenoseqWarning, match=rf"4 rows are left out.*{path.name}"):
         made = image_features(source, extractor, eight_bit=eight_bit, device="cpu")
     kept = source.obs.index[source.obs["field"] != "P1_B03_2"]
     assert list(made.obs_names) == list(kept)
@@ -258,9 +265,8 @@ def test_field_damaged_inside_is_left_out_and_recorded(noisy, extractor, eight_b
         np.testing.assert_array_equal(made.obs["cut_by_border"], whole[kept].obs["cut_by_border"])
     (why,) = made.uns["phenoseq"]["problems"]
     assert why.startswith("P1_B03_2: ")
-    for field in ("P1_B03_1", "P2_B03_1"):
-        fake.images[field, "DNA"].write_bytes(bytes(10))
-    with pytest.raises(DataError, match="cannot be decoded"):
+    fake.images["P2_B03_1", "DNA"].write_bytes(bytes(10))
+    with pytest.raises(DataError, match=r"8 of 24 rows cannot be predicted, and at most 20%"):
         image_features(source, extractor, eight_bit=eight_bit, device="cpu")
 
 
@@ -285,13 +291,13 @@ def test_constant_stain_is_told(noisy, extractor):
 
 @undocumented
 def test_pixels_that_are_not_numbers(noisy, extractor):
-    fake, source = noisy("float32")
+    fake, source = noisy("float32", fields=SIX)
     pixels = tifffile.imread(fake.images["P2_B03_1", "DNA"])
     pixels[3, 4] = np.nan
     tifffile.imwrite(fake.images["P2_B03_1", "DNA"], pixels)
-    with pytest.warns(PhenoseqWarning, match="field P2_B03_1: 1 pixels are not numbers"):
+    with pytest.warns(PhenoseqWarning, match="P2_B03_1: .*1 pixels are not numbers"):
         made = image_features(source, extractor, eight_bit="percentile", device="cpu")
-    assert made.n_obs == 8
+    assert made.n_obs == 20
     assert np.isfinite(made.X).all()
 
 
@@ -310,7 +316,7 @@ def test_progress_counts_cells(noisy, extractor):
 @pytest.fixture
 def small_model(monkeypatch, tmp_path, vit):
     """Let the command take the small architecture, and give a file of its weights."""
-    monkeypatch.setattr("phenoseq.models.features.VIT_L_16", CONFIG)
+    monkeypatch.setattr("phenoseq.inference.extract.VIT_L_16", CONFIG)
     monkeypatch.setattr("phenoseq.models.features.load_extractor.__defaults__", (CONFIG,))
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     return tmp_path / "vit.pth"
@@ -319,13 +325,13 @@ def small_model(monkeypatch, tmp_path, vit):
 def test_command(noisy, extractor, small_model, tmp_path, capsys):
     fake, source = noisy("uint16")
     out = tmp_path / "features.h5ad"
-    args = ["features", str(fake.path), "-o", str(out), "--pixel-size", "0.5", "--device", "cpu"]
-    args += ["--extractor", str(small_model)]
+    args = ["embed", str(fake.path), "-o", str(out), "--pixel-size", "0.5", "--device", "cpu"]
+    args += ["--backbone", "vit_l_16", "--weights", str(small_model)]
     assert main(args) == 1
     assert "--eight-bit full" in capsys.readouterr().err
     assert not out.exists()
     assert main([*args, "--eight-bit", "full"]) == 0
-    assert "12 cells, 40 features" in capsys.readouterr().out
+    assert "12 cells, 5 channels, 8 numbers each" in capsys.readouterr().out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = image_features(source, extractor, eight_bit="full", device="cpu")
@@ -337,9 +343,100 @@ def test_command(noisy, extractor, small_model, tmp_path, capsys):
 def test_command_says_what_it_would_download(noisy, tmp_path, monkeypatch, capsys):
     fake, _ = noisy()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    args = ["features", str(fake.path), "-o", str(tmp_path / "out.h5ad"), "--pixel-size", "0.5"]
+    args = ["embed", str(fake.path), "-o", str(tmp_path / "out.h5ad"), "--pixel-size", "0.5"]
+    args += ["--backbone", "vit_l_16"]
     assert main(args) == 1
     assert "1.2 GB" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- networks of timm
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """A file of weights of timm's smallest network, and the network."""
+    network = timm.create_model("test_resnet").eval()
+    torch.save(network.state_dict(), tmp_path / "resnet.pth")
+    return tmp_path / "resnet.pth", network
+
+
+def test_embed_by_a_network_of_timm(noisy, resnet, tmp_path, capsys):
+    """All stains of the source, in its order; the pooled feature of each, at the size asked for."""
+    fake, source = noisy(stains=("ER", "DNA"), name="two")
+    weights, network = resnet
+    args = ["embed", str(fake.path), "--backbone", "test_resnet", "--pixel-size", "0.5"]
+    args += ["--weights", str(weights), "--crop-px", str(SIDE), "--device", "cpu"]
+    assert main([*args, "-o", str(tmp_path / "f.zarr")]) == 0
+    assert "12 cells, 2 channels, 96 numbers each" in capsys.readouterr().out
+    made = phenoseq.embed(
+        source, backbone="test_resnet", weights=weights, image_size=SIDE, device="cpu"
+    )
+    np.testing.assert_allclose(ad.read_zarr(tmp_path / "f.zarr").X, made.X, atol=1e-5)
+    assert made.uns["phenoseq"]["channels"] == ["ER", "DNA"]
+    tokens = made.X.reshape(12, 2, 96)
+    assert (made.var["channel"].to_numpy().reshape(2, 96) == [["ER"], ["DNA"]]).all()
+    batch = next(iter_crops(source, 0.5, SIDE))
+    grey = torch.from_numpy(batch.images[0].astype("f4") / 255)[:, None].expand(-1, 3, -1, -1)
+    with torch.inference_mode():
+        network.reset_classifier(0)
+        want = network((grey - 0.5) / 0.5).numpy()  # timm's mean and deviation of this network
+    np.testing.assert_allclose(tokens[batch.rows[0]], want, rtol=1e-4, atol=1e-4)
+    assert np.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
+
+
+def test_features_make_a_store_of_samples(noisy, resnet, tmp_path):
+    """What `embed` writes is what `prepare --pair-by sample` takes, streamed in bags."""
+    out = tmp_path / "f.h5ad"
+    phenoseq.embed(noisy()[1], backbone="test_resnet", weights=resnet[0], image_size=SIDE,
+                   device="cpu", out=out)  # fmt: skip
+    rna = ad.AnnData(
+        np.random.default_rng(0).poisson(9.0, (30, 6)).astype("f4"),
+        obs=pd.DataFrame({"Metadata_Plate": ["P1", "P2"] * 15}, index=[f"r{k}" for k in range(30)]),
+        var=pd.DataFrame(index=[f"ENSG{k:011d}" for k in range(6)]),
+    )
+    store, _ = write_sample_store(
+        Cells(out), Cells(rna), tmp_path / "s.zarr", columns=["Metadata_Plate"]
+    )
+    assert store.manifest.images == "features"
+    assert len(store.image_obs()) == 12
+    read = store.images.read(0, 12)
+    names = store.image_obs().index
+    np.testing.assert_array_equal(read, ad.read_h5ad(out)[names].X)
+
+
+def test_embed_goes_on_where_it_was_stopped(noisy, resnet, tmp_path, monkeypatch):
+    _, source = noisy()
+    how = {"backbone": "test_resnet", "weights": resnet[0], "image_size": SIDE, "device": "cpu"}
+    whole = phenoseq.embed(source, **how)
+    monkeypatch.setattr("phenoseq.inference.extract._BLOCK", 1)
+    monkeypatch.setitem(feature_job.__kwdefaults__, "batch_size", 4)
+    seen, forward = [], Extractor.forward
+
+    def stop(self, crops):
+        seen.append(len(crops))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return forward(self, crops)
+
+    monkeypatch.setattr(Extractor, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        phenoseq.embed(source, out=tmp_path / "f.h5ad", **how)
+    again = phenoseq.embed(source, out=tmp_path / "f.h5ad", **how)
+    assert len(seen) == 4
+    np.testing.assert_allclose(again.X[:], whole.X, atol=1e-5)
+
+
+def test_what_embed_refuses(noisy, resnet, tmp_path, capsys):
+    fake, source = noisy()
+    with pytest.raises(ModelError, match="vit_l_16: takes crops of 224 pixels, no others"):
+        phenoseq.embed(source, backbone="vit_l_16", image_size=64)
+    args = ["embed", str(fake.path), "--pixel-size", "0.5", "-o", str(tmp_path / "f.h5ad")]
+    assert main([*args, "--backbone", "test_resnet"]) == 1
+    told = capsys.readouterr().err
+    assert "model.safetensors of https://hf.co/timm/test_resnet.r160_in1k" in told
+    assert "--weights" in told
+    assert main([*args, "--backbone", "resnet_test"]) == 1
+    assert "no network 'resnet_test'" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------- real data
@@ -349,7 +446,7 @@ def test_command_says_what_it_would_download(noisy, tmp_path, monkeypatch, capsy
 def test_real_field(shared_data, extractor):
     source = open_source(shared_data / "cell_painting" / "pediatric", pixel_size=0.598)
     wide = FeatureConfig(**{**vars(CONFIG), "image_size": 224, "patch_size": 32})
-    state = {**extractor.vit.state_dict()}
+    state = {**extractor.network.state_dict()}
     generator = torch.Generator().manual_seed(0)
     state["conv_proj.weight"] = torch.randn(WIDTH, 3, 32, 32, generator=generator)
     state["encoder.pos_embedding"] = torch.randn(1, 50, WIDTH, generator=generator)

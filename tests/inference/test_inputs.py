@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -197,7 +198,7 @@ def test_cells_of_a_csv_are_predicted_in_its_order(model, plate, table):
 def test_several_fields_need_a_column_field(plate, image, table):
     obs = table[2].drop(columns="field")
     obs.index.name = None
-    with pytest.raises(DataError, match="several fields; 'cells' needs a column 'field'"):
+    with pytest.raises(DataError, match="several fields; 'cells' needs a column 'field', of"):
         open_inputs(plate.source, image, cells=obs)
     obs["field"] = "elsewhere"
     with pytest.raises(DataError, match="the field 'elsewhere', which has no image"):
@@ -208,6 +209,31 @@ def test_numbers_for_ids_are_text_in_the_output(model, plate, table):
     obs = table[2].reset_index(drop=True)
     got = phenoseq.predict(plate.source, model=model, cells=obs, n_samples=1, device="cpu")
     assert list(got.obs_names) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_other_columns_of_the_table_are_kept(tmp_path, model, plate, table, suffix):
+    obs = table[2].assign(
+        area=[1.5, np.nan, 2.0, 3.0, 4.0],
+        note=["é", None, "x", "x", "007"],
+        seen=[True, None, False, True, True],
+        day=pd.to_datetime("2026-01-02"),
+        n=[1, 2, 3, 4, 5],
+        ood_score="mine",
+    )
+    out = tmp_path / f"o{suffix}"
+    phenoseq.predict(plate.source, model=model, cells=obs, n_samples=1, device="cpu", out=out)
+    read = ad.read_h5ad(out) if suffix == ".h5ad" else ad.read_zarr(out)
+    assert list(read.obs_names) == list(obs.index)
+    np.testing.assert_array_equal(read.obs["area"], obs["area"])
+    assert read.obs["note"].tolist()[0] == "é"
+    assert read.obs["note"].isna().tolist() == read.obs["seen"].isna().tolist() == [0, 1, 0, 0, 0]
+    assert read.obs["note"].tolist()[4] == "007"
+    assert read.obs["n"].tolist() == [1, 2, 3, 4, 5]
+    assert str(read.obs["day"].iloc[0]).startswith("2026-01-02")
+    assert read.obs["ood_score"].dtype == np.float32  # what is predicted takes that name
+    with pytest.raises(DataError, match=r"columns \['um/px'\]: names of columns are text"):
+        open_inputs(plate.source, model.config.image, cells=table[2].assign(**{"um/px": 1}))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +307,18 @@ def test_a_xenium_folder_at_positions_of_a_csv(tmp_path, xenium_model, xenium_se
         xenium_set.path, model=xenium_model, n_samples=1, device="cpu", cells=tmp_path / "cells.csv"
     )
     assert list(got.obs_names) == [f"nucleus {i}" for i in chosen.index]
+
+
+def test_a_layout_that_is_named(xenium_model, xenium_set, store):
+    image = xenium_model.config.image
+    named = open_inputs(xenium_set.path, image, format="xenium")
+    assert named.identity == open_inputs(xenium_set.path, image).identity
+    with pytest.raises(DataError, match="no image; expected 'mosaic_STAIN"):
+        open_inputs(xenium_set.path, image, format="merscope")
+    with pytest.raises(DataError, match="did you mean 'xenium'"):
+        open_inputs(xenium_set.path, image, format="xenum")
+    with pytest.raises(DataError, match="'format' is the layout of a folder"):
+        open_inputs(store, image, format="xenium")
 
 
 def test_a_xenium_folder_without_counts_is_predicted_alike(xenium_model, xenium_folder):

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 
 from phenoseq.errors import DataError
-from phenoseq.inference import table as table_module
-from phenoseq.inference.table import Field, Job, predict_file, predict_table
+from phenoseq.inference import blocks as blocks_module
+from phenoseq.inference.job import Field, Job
+from phenoseq.inference.table import predict_file, predict_table
 
 both = pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 N, WIDTH, BATCH, BLOCK = 103, 5, 8, 16
@@ -94,7 +95,7 @@ def test_rows_are_in_their_own_order():
 @both
 @pytest.mark.parametrize("at_once", [7, 2048])
 def test_a_file_is_what_is_made_in_memory(tmp_path, suffix, at_once, monkeypatch):
-    monkeypatch.setattr(table_module, "_AT_ONCE", at_once)
+    monkeypatch.setattr(blocks_module, "_AT_ONCE", at_once)
     out = tmp_path / f"o{suffix}"
     assert predict_file(make_job(), out) == 0
     assert_same(read(out), predict_table(make_job()))
@@ -161,7 +162,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(path, array)
 
-    monkeypatch.setattr(table_module.np, "save", fill)
+    monkeypatch.setattr(blocks_module.np, "save", fill)
     with pytest.raises(DataError, match=r"disk is full.*what is done is kept.*run it again"):
         predict_file(make_job(), out)
     monkeypatch.undo()
@@ -174,7 +175,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
 def test_an_old_table_stays_until_the_new_is_whole(tmp_path, suffix, monkeypatch):
     out = tmp_path / f"o{suffix}"
     predict_file(make_job(), out)
-    monkeypatch.setattr(table_module, "_append", lambda *_: 1 / 0)
+    monkeypatch.setattr(blocks_module, "_append", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         predict_file(make_job(seed=3), out)
     assert_same(read(out), predict_table(make_job()))

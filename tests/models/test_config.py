@@ -117,10 +117,81 @@ def test_json_that_is_no_configuration(text):
     refusal(text)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_schema_version(version):
+@pytest.mark.parametrize("version", [0, -1, SCHEMA_VERSION + 1, "1", 1.0, True, None])
+def test_a_schema_version_that_is_not_read(version):
     message = refusal(changed(schema_version=version))
-    assert f"schema version {version}, this phenoseq reads {SCHEMA_VERSION}" in message
+    assert f"schema version {version!r}, this phenoseq" in message
+    assert f"reads 1 to {SCHEMA_VERSION}" in message
+
+
+def test_the_first_version_named_no_network():
+    old = json.loads(changed(schema_version=1, network=None))
+    again = PhenoSeqConfig.from_json(json.dumps(old), WHERE)
+    assert again == CONFIG
+    assert "is of the network None" in refusal(changed(network=None))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["image__pixel_size", "image__mean", "expression__median_library", "training__reliability"],
+)
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(name, number):
+    given = 77.25 if name.count("size") or name.count("library") else [77.25, 1.0]
+    text = changed(**{name: given}).replace("77.25", number)
+    assert "no number to compute with" in refusal(text)
+
+
+def test_a_number_of_a_thousand_digits():
+    assert "bits" in refusal(changed(training__seed=10**1000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\x1b[2Jgone", "\x9b31m", "a\x07", "\u202egnp.exe", "nul\0", "\ud800", "a\nb", "x" * 5000],
+)
+@pytest.mark.parametrize("name", ["training__source", "image__dtype", "diffusion__path"])
+def test_text_that_a_terminal_would_obey_is_refused(name, text):
+    message = refusal(changed(**{name: text}))
+    assert "not to be printed" in message
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_letters_of_any_language_are_fine():
+    text = "Bauchspeicheldrüse 膵臓 بنكرياس µm"
+    again = PhenoSeqConfig.from_json(changed(training__source=text), WHERE)
+    assert again.training.source == text
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_that_is_deep(opening):
+    refusal(opening * 100_000)
+
+
+def test_a_wrong_value_is_told_in_short():
+    assert len(refusal(changed(image__channels=["DNA"] * 100_000 + [3]))) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("denoiser__dim", 10**9),
+        ("denoiser__depth", 10**6),
+        ("denoiser__tokens", 10**6),
+        ("denoiser__heads", 3),
+        ("expression__components", 10**7),
+        ("expression__hidden", 10**12),
+        ("expression__median_library", 0),
+        ("image__crop_px", 100_000),
+        ("image__crop_px", 0),
+        ("image__pixel_size", -1),
+        ("image__std", [0.0, 1.0]),
+        ("diffusion__steps", 0),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_by_name(name, value):
+    assert name.split("__")[-1] in refusal(changed(**{name: value}))
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,7 @@ def test_either_network_is_loaded_by_what_its_config_says(tmp_path, model, make_
             cls.load(tmp_path / name)
     raw = json.loads((tmp_path / "own" / "config.json").read_text())
     del raw["network"]  # as it was written before there was another
+    raw["schema_version"] = 1
     (tmp_path / "own" / "config.json").write_text(json.dumps(raw))
     assert isinstance(load_folder(tmp_path / "own"), PhenoSeq)
     (tmp_path / "own" / "config.json").write_text(json.dumps(raw | {"network": "third"}))
@@ -441,7 +442,7 @@ def test_configuration_round_trip():
         ("origin", "weights", "best", "best"),
         (None, "bag_size", 0, "bag_size is 0"),
         (None, "network", "phenoseq", "is of the network 'phenoseq'"),
-        (None, "schema_version", 2, "schema version 2"),
+        (None, "schema_version", 3, "schema version 3"),
         (None, "pairing", "cell", "cell"),
     ],
 )

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
+import anndata as ad
 import pytest
 
+from phenoseq.data.backed import Cells
+from phenoseq.data.samplestore import SampleStore
+from phenoseq.data.samplewriter import RnaConfig, write_sample_store
 from phenoseq.data.simulate import PIXEL_SIZE, simulate_plate
-from phenoseq.data.store import Store, write_store
+from phenoseq.data.store import Store
+from phenoseq.data.storewriter import write_store
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +49,59 @@ def arguments(store, tmp_path):
         return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
     return make
+
+
+def example(name: str):
+    """Import a script of ``examples/``."""
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def scgenescope(tmp_path_factory) -> Path:
+    """Give a simulated miniature of scGeneScope, 12 samples of 5 replicates; 6 numbers a cell."""
+    folder = tmp_path_factory.mktemp("scgenescope")
+    example("simulate_scgenescope").main(folder, cells_per_site=10, treatments=3, width=6, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded(scgenescope) -> SampleStore:
+    """Give a store of features and embeddings."""
+    return write_sample_store(
+        Cells(scgenescope / "features/imaging/imagenet/vit-l"),
+        Cells(scgenescope / "features/rnaseq/scgpt"),
+        scgenescope / "store.zarr",
+        columns=["Treatment", "Replicate"],
+        config=RnaConfig(embedding="scGPT"),
+    )[0]
+
+
+@pytest.fixture(scope="session")
+def plate():
+    """Give a plate of 15 wells."""
+    return simulate_plate(
+        seed=4,
+        treatments=("DMSO", "drugA", "drugB"),
+        wells_per_treatment=5,
+        sites_per_well=1,
+        cells_per_site=10,
+    )
+
+
+@pytest.fixture(scope="session")
+def counted(plate, tmp_path_factory) -> SampleStore:
+    """Give a store of crops and counts, both of all cells of each well."""
+    source = plate.source
+    rna = ad.AnnData(source.counts, obs=source.obs, var=source.var.rename_axis(None))
+    return write_sample_store(
+        source,
+        Cells(rna),
+        tmp_path_factory.mktemp("counted") / "store.zarr",
+        columns=["Metadata_Treatment", "Metadata_Replicate"],
+        pixel_size=PIXEL_SIZE,
+        crop_px=32,
+    )[0]

@@ -20,7 +20,7 @@ from phenoseq.data.datamodule import StoreDataModule, split_of
 from phenoseq.data.selection import SelectedStore
 from phenoseq.data.simulate import PIXEL_SIZE, simulate_plate
 from phenoseq.data.splits import SplitConfig
-from phenoseq.data.store import write_store
+from phenoseq.data.storewriter import write_store
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.models.config import DiffusionConfig
 from phenoseq.models.denoiser import DenoiserConfig

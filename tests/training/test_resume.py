@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from phenoseq.errors import DataError, ModelError
-from phenoseq.training.checkpoints import AtomicCheckpointIO, steps_done
+from phenoseq.training.checkpoints import AtomicCheckpointIO, Checkpoints, steps_done
 from phenoseq.training.logs import CsvLogger, draw_curves
 from phenoseq.training.settings import keep_settings, same_settings
 from phenoseq.training.train import train
@@ -192,7 +193,7 @@ def test_settings_that_change_the_result_are_named(tmp_path):
     same_settings(
         tmp_path,
         "model: {lr: 0.1, encoder: {norm: group}}\nout: elsewhere\n"
-        "trainer: {max_epochs: 2, devices: 4, logger: {class_path: x}, enable_progress_bar: true}\n",
+        "trainer: {max_epochs: 2, devices: 4, logger: {class_path: x}, num_nodes: 2}\n",
     )
     with pytest.raises(ModelError) as told:
         same_settings(
@@ -201,3 +202,43 @@ def test_settings_that_change_the_result_are_named(tmp_path):
     assert "model.lr is 0.2, and was 0.1" in str(told.value)
     assert "model.encoder.norm is 'batch', and was 'group'" in str(told.value)
     assert "max_epochs" not in str(told.value)
+
+
+class FakeTrainer:
+    """As far as the checkpoints look at it: epochs of 24 steps, a row each 5, validation each 8."""
+
+    log_every_n_steps, val_check_batch, check_val_every_n_epoch = 5, 8, 1
+    world_size = 1
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+
+    def __init__(self, root: Path) -> None:
+        self.default_root_dir = root
+        self.global_step = 0
+        self.saved: list[int] = []
+
+    @property
+    def is_last_batch(self) -> bool:
+        return self.global_step % 24 == 0
+
+    def save_checkpoint(self, path: Path) -> None:
+        assert path == Path(self.default_root_dir) / "checkpoints" / "last.ckpt"
+        self.saved.append(self.global_step)
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({"steps": 4}, [4, 9, 12, 17, 21, 26, 28, 33, 36, 41, 44]),  # 8, 16, 20, 24 one later
+        ({"minutes": 0.0}, [11, 21, 31, 41]),  # the clock is looked at each 10 steps
+        ({}, []),  # not for 10 minutes
+    ],
+)
+def test_when_a_checkpoint_is_made(tmp_path, settings, saved):
+    """After steps and by the clock; not where a row or a validation would be left out."""
+    trainer, made = FakeTrainer(tmp_path), Checkpoints(**settings)
+    made.setup(trainer, None, "fit")
+    made.on_train_start(trainer, None)
+    for batch in range(96):  # two batches a step
+        trainer.global_step = (batch + 1) // 2
+        made.on_train_batch_end(trainer, None, None, None, trainer.global_step % 24 - 1)
+    assert trainer.saved == saved

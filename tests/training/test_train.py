@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ import phenoseq
 from phenoseq.cli import main
 from phenoseq.errors import ModelError
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.training.baselines import BASELINES
 from phenoseq.training.module import PhenoSeqModule
 from phenoseq.training.train import train
 
@@ -28,7 +31,7 @@ def losses(root, name="val_loss"):
 
 
 @quiet
-def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys):
+def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypatch):
     assert main(["train", *arguments(epochs=12, **{"model.lr": 3e-3, "ema": 0.9})]) == 0
     assert "phenoseq evaluate --model" in capsys.readouterr().out
     root = tmp_path / "run"
@@ -49,18 +52,24 @@ def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys):
     prediction = phenoseq.predict(store.path, model=model, n_samples=4, device="cpu")
     assert 0.5 < np.median(prediction.obs["ood_score"]) < 2
 
-    scores = phenoseq.evaluate(root / "model", store.path, out=tmp_path / "scores", device="cpu")
-    assert [s.name for s in scores] == [
-        "model",
-        "training mean",
-        "ridge on intensity statistics",
-        "random training cells",
-    ]
-    assert sorted(p.name for p in (tmp_path / "scores").iterdir()) == [
-        "genes.csv",
+    monkeypatch.setitem(sys.modules, "umap", None)  # which takes long to import
+    how = {"out": tmp_path / "scores", "device": "cpu", "n_samples": 2, "epochs": 1}
+    how["regressor"] = tmp_path / "regressor"
+    scores = phenoseq.evaluate(root / "model", store.path, **how)
+    assert [s.name for s in scores] == ["model", *BASELINES.values()]
+    assert sorted(p.name for p in (tmp_path / "scores").iterdir() if p.suffix != ".parquet") == [
+        "baselines.zarr",
         "metrics.json",
         "metrics.md",
+        "prediction.zarr",
+        "report.html",
+        "truth.zarr",
     ]
+    # fitted once: what is there of the same model, cells and settings is taken
+    monkeypatch.setattr("phenoseq.scoring.fit_baselines", None)
+    assert phenoseq.evaluate(root / "model", store.path, **how) == scores
+    with pytest.raises(TypeError):
+        phenoseq.evaluate(root / "model", store.path, **how | {"seed": 1})
 
 
 @quiet

@@ -1,6 +1,7 @@
-"""What test_ddp.py runs on two processes, and on one: short trainings whose noise is that of a cell.
+"""What test_ddp.py runs on two processes, and on one: trainings whose noise is that of a cell.
 
-Run by torchrun, with the store, a folder for what comes out, and arguments of `phenoseq train`.
+Run by torchrun, with "ddp" or "fsdp", the store, a folder for what comes out, and arguments of
+`phenoseq train`, whose last run goes on until it is killed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ class Module(PhenoSeqModule):
             warmup_steps=5,
         )
         self.first = torch.empty(0)
+        self.start = torch.empty(0)
+
+    def configure_optimizers(self):
+        """Not Adam, which makes whole steps of the rounding of small gradients."""
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+    def on_train_start(self) -> None:
+        self.start = _flat(self.parameters())
 
     def training_loss(self, batch, generator):
         dim = self.model.config.expression.latent_dim
@@ -58,20 +67,31 @@ class Module(PhenoSeqModule):
 class Data(StoreDataModule):
     """The same batches for any number of ranks, each taking its part."""
 
+    start = 0
+
     def train_dataloader(self):
-        rows = self.parts.rows("train")
-        batches = []
-        for step in range(STEPS):
+        return self
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self):
+        for step in range(self.start, STEPS):
+            self.start = step + 1
+            rows = self.parts.rows("train")
             drawn = np.random.default_rng(step).choice(rows, 2 * BATCH, replace=False)
             mine = np.sort(drawn[self.trainer.global_rank :: self.trainer.world_size])
-            batches.append(
-                {
-                    "images": torch.from_numpy(self.opened.take(mine).astype(np.float32)),
-                    "counts": torch.from_numpy(self.opened.counts(mine).toarray()).float(),
-                    "rows": torch.from_numpy(mine),
-                }
-            )
-        return torch.utils.data.DataLoader(batches, batch_size=None)
+            yield {
+                "images": torch.from_numpy(self.opened.take(mine).astype(np.float32)),
+                "counts": torch.from_numpy(self.opened.counts(mine).toarray()).float(),
+                "rows": torch.from_numpy(mine),
+            }
+
+    def state_dict(self):
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict):
+        self.start = state_dict["start"]
 
     def val_dataloader(self):
         return []
@@ -82,7 +102,6 @@ def fit(
     how: str,
     precision: str,
     *,
-    steps: int = STEPS,
     save: Save | None = None,
     ckpt_path: Path | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -94,7 +113,7 @@ def fit(
         strategy={"one": "auto", "ddp": "ddp", "fsdp": ShardedStrategy()}[how],
         precision=precision,
         max_epochs=1,
-        max_steps=steps,
+        max_steps=STEPS,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
@@ -107,7 +126,8 @@ def fit(
     module = Module()
     data = Data(store, SplitConfig(by="Metadata_Well", block=None, test=0.2))
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return {"gradient": module.first, "mean": _flat(module.parameters())}
+    mean = _flat(module.parameters())
+    return {"gradient": module.first, "mean": mean, "moved": mean - module.start}
 
 
 class Save(Callback):
@@ -131,13 +151,22 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def main() -> None:
-    store, out, *arguments = sys.argv[1:]
-    made = {f"ddp {p}": fit(Path(store), "ddp", p) for p in ("32-true", "bf16-mixed")}
-    sharded = Path(out) / "sharded.ckpt"
-    made["fsdp 32-true"] = fit(Path(store), "fsdp", "32-true", save=Save(sharded, 13))
-    made["fsdp continued"] = fit(Path(store), "fsdp", "32-true", ckpt_path=sharded)
-    torch.save(made, Path(out) / f"rank{os.environ['RANK']}.pt")
-    train(arguments)
+    how, store, folder, *arguments = sys.argv[1:]
+    out = Path(folder)
+    (out / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    if how == "ddp":
+        made = {p: fit(Path(store), "ddp", p) for p in ("32-true", "bf16-mixed")}
+    else:
+        half = out / "half.ckpt"
+        made = {"32-true": fit(Path(store), "fsdp", "32-true", save=Save(half, 13))}
+        made["continued"] = fit(Path(store), "fsdp", "32-true", ckpt_path=half)
+    torch.save(made, out / f"rank{os.environ['RANK']}.pt")
+    arguments += ["--trainer.strategy", how, "--trainer.num_sanity_val_steps", "0"]
+    train([*arguments, "--trainer.max_epochs", "1"])
+    if how == "ddp":
+        for_ever = {"max_epochs": 10**6, "default_root_dir": out / "dies"}
+        more = [part for k, v in for_ever.items() for part in (f"--trainer.{k}", str(v))]
+        train([*arguments, *more, "--checkpoint.steps", "2"])
 
 
 if __name__ == "__main__":

@@ -1,215 +1,386 @@
-"""Weights from the hub: asked for, fetched once, checked ever after. A local server stands in."""
+"""Models on the hub, with the real client: pushed, pulled, and the ways in which it goes wrong."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
+import pickle
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
-import anndata as ad
-import numpy as np
-import pandas as pd
 import pytest
+import torch
+import yaml
+from hub_server import Repo, blob_id
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
-NAME, REPO, COMMIT = "scgenescope-scgpt", "Sentinal4D/PhenoSeq", "c0ffee" + "0" * 34
-#: What every script can do: load, and remove what is cached or kept. Loads print their outcome.
-START = """
-import shutil
-from pathlib import Path
-import numpy as np, phenoseq
-HUB, KEPT, FILES = Path({home!r}) / "hub", Path({kept!r}), Path({files!r})
-def load(download=False):
-    try:
-        model = phenoseq.load_model({name!r}, download=download)
-        print("LOADED", model.config.origin.commit, model.config.sizes.features)
-    except phenoseq.ModelError as error:
-        print("REFUSED", error)
-"""
-LOADED = f"LOADED {COMMIT} 40"
+from phenoseq.zoo.hub import parse_reference
 
-PATH = Path(__file__).with_name("hub_server.py")
-spec = importlib.util.spec_from_file_location("hub_server", PATH)
-hub_server = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hub_server)
+FROZEN = Path(__file__).with_name("frozen")
+REPO, NEWER = "lab/tiny", "b" * 40
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, shared_data):
-    """The two files of the repository, the checkpoint being the tiny one."""
-    folder = tmp_path_factory.mktemp("repo")
-    shutil.copy(shared_data / "reference_phenoseq" / "tiny_checkpoint.pt", folder / "best_model.pt")
-    (folder / "best_model.pt").chmod(0o644)
-    rng = np.random.default_rng(0)
-    np.savez(folder / "img_norm.npz", mean=rng.normal(size=40), std=rng.random(40) + 0.5)
+@pytest.fixture
+def folder(tmp_path):
+    """A model of the tests, as its author keeps it."""
+    folder = tmp_path / "model"
+    shutil.copytree(FROZEN / "v1-phenoseq", folder, ignore=shutil.ignore_patterns("expected*"))
     return folder
 
 
 @pytest.fixture
-def hub(tmp_path, files):
-    folder = shutil.copytree(files, tmp_path / "repo")
-    with hub_server.serve(folder, REPO, COMMIT) as server:
-        yield server
-
-
-class Machine:
-    """A machine with a cache of its own; every run is a fresh interpreter."""
-
-    def __init__(self, home: Path, hub) -> None:
-        self.home, self.endpoint, self.files = home, hub.url, hub.folder
-        self.kept = home / "assets" / "phenoseq" / REPO.replace("/", "--") / NAME
-
-    def run(self, *command: str, offline: bool = False):
-        drop = ("HF_", "HUGGINGFACE_", "XDG_", "TRANSFORMERS_")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-        env |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, "HF_HUB_ETAG_TIMEOUT": "3"}
-        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1" if offline else "0"}
-        return subprocess.run(
-            [sys.executable, *command], env=env, input="", capture_output=True, text=True
-        )
-
-    def script(self, code: str, *, offline: bool = False) -> list[str]:
-        """Run some code after `START`; return what its loads printed."""
-        paths = {"home": str(self.home), "kept": str(self.kept), "files": str(self.files)}
-        done = self.run("-c", START.format(name=NAME, **paths) + code, offline=offline)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+def commit(tmp_path):
+    """A commit of this test's own: a process remembers what it has seen of one."""
+    return hashlib.sha1(str(tmp_path).encode()).hexdigest()
 
 
 @pytest.fixture
-def machine(tmp_path, hub):
-    return Machine(tmp_path / "home", hub)
+def repo(hub, folder, commit):
+    """The same on the hub."""
+    repo = hub.repos[REPO] = Repo({}, {})
+    repo.add(folder, commit)
+    return repo
 
 
-def test_first_use_fetches_and_second_is_offline(machine, hub):
-    (refused,) = machine.script("load()")
-    assert refused.startswith("REFUSED")
-    for part in ("2.7 GB", "download=True", "--yes"):
-        assert part in refused
-    assert not any("/resolve/" in line for line in hub.asked)
-    assert machine.script("load(True)") == [LOADED]
-    record = json.loads((machine.kept / "record.json").read_text())
-    assert record["commit"] == COMMIT
-    for name, digest in record["files"].items():
-        assert digest == hashlib.sha256((hub.folder / name).read_bytes()).hexdigest()
-    assert set(record["files"]) == {"best_model.pt", "img_norm.npz"}
+@pytest.mark.parametrize(
+    ("text", "repo", "revision"),
+    [
+        ("lab/tiny", "lab/tiny", None),
+        ("lab/tiny@v1.0", "lab/tiny", "v1.0"),
+        (f"lab/tiny@{NEWER}", "lab/tiny", NEWER),
+        ("lab/tiny@refs/pr/1", "lab/tiny", "refs/pr/1"),
+    ],
+)
+def test_a_reference(text, repo, revision):
+    reference = parse_reference(text)
+    assert (reference.repo, reference.revision) == (repo, revision)
+    assert str(reference) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tiny", "a/b/c", "/a/b", "../b", "a/..", "a/b@", "a/b@../../x", "./b/", "a/b@x y", "a\n/b",
+     "a//b", "a/b--c", "C:\\a", "https://a/b", "å/b"],
+)  # fmt: skip
+def test_what_is_no_reference(text):
+    assert parse_reference(text) is None
+
+
+# ------------------------------------------------------------------------------------ pull and push
+
+
+def test_pull_from_a_clean_cache_then_offline(machine, offline, hub, repo, folder, commit):
+    loaded = Path(machine.load(REPO))
+    assert loaded == machine.home / "hub" / "models--lab--tiny" / "snapshots" / commit
+    for name in ("config.json", "model.safetensors"):
+        assert (loaded / name).read_bytes() == (folder / name).read_bytes()
+    assert len(hub.gets()) == 2
     hub.asked.clear()
-    assert machine.script("load(); load(True)", offline=True) == [LOADED] * 2
+    assert Path(machine.load(f"{REPO}@{commit}")) == loaded
+    assert Path(offline.load(REPO)) == Path(offline.load(f"{REPO}@main")) == loaded
     assert hub.asked == []
+    with hub.down():
+        assert Path(machine.load(REPO)) == loaded
 
 
-def test_what_has_changed_is_refused(machine):
-    """Behind the same commit, and among what was converted."""
-    first, changed, mended, spoiled, again = machine.script(
-        """
-load(True)
-shutil.rmtree(HUB)
-shutil.rmtree(KEPT / "model")
-path = FILES / "img_norm.npz"
-original = path.read_bytes()
-np.savez(path, mean=np.zeros(40), std=np.ones(40))
-load(True)
-assert not (KEPT / "model").exists()
-shutil.rmtree(HUB)
-path.write_bytes(original)
-load(True)
-weights = KEPT / "model" / "model.safetensors"
-data = bytearray(weights.read_bytes())
-data[-1] ^= 1
-weights.write_bytes(data)
-load()
-shutil.rmtree(KEPT / "model")
-load()
-"""
+def test_only_files_of_a_model_are_fetched(machine, hub, repo, folder):
+    for name in ("evil.py", "notes.txt", "pytorch_model.bin"):
+        (folder / name).write_text("x")
+    machine.load(REPO)
+    assert [line.rpartition("/")[2] for line in hub.gets()] == ["config.json", "model.safetensors"]
+
+
+def test_a_changed_branch_is_pulled_and_a_commit_stays(
+    machine, hub, repo, folder, tmp_path, commit
+):
+    first = machine.load(REPO)
+    newer = shutil.copytree(folder, tmp_path / "newer")
+    tensors = load_file(newer / "model.safetensors")
+    tensors["context_mean"] += 1
+    save_file(tensors, newer / "model.safetensors")
+    repo.add(newer, NEWER)
+    repo.heads["v1"] = commit
+    assert machine.load(REPO).endswith(NEWER)
+    assert machine.load(f"{REPO}@v1") == machine.load(f"{REPO}@{commit}") == first
+    assert len([line for line in hub.gets() if line.endswith(".safetensors")]) == 2
+
+
+def test_push_and_pull_give_the_same_model(machine, stranger, hub, folder):
+    (folder.parent / "config.yaml").write_text(
+        yaml.safe_dump({"data": {"store": "/home/me/secret/cells.zarr"}, "seed": 3})
     )
-    assert first == mended == again == LOADED
-    assert changed.startswith(f"REFUSED {REPO}: ['img_norm.npz'] at commit {COMMIT} are not")
-    assert str(machine.kept) in changed
-    assert "is not what was converted there" in spoiled
+    scores = [{"name": "me", "pcc_gene_median": 0.25, "mse": 1 / 3}, {"name": "mean", "mse": 1.0}]
+    metrics = {"model": "me", "data": "slide 7", "part": "test", "scores": scores}
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# Mine\n")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    printed = machine.run(
+        f"import phenoseq\nmodel = phenoseq.load_model({str(folder)!r})\n"
+        f"print(model.push_to_hub({REPO!r}, private=True, datasets=['lab/slides']))"
+    )
+    pushed = hub.repos[REPO]
+    assert printed.strip().endswith(f"{hub.url}/{REPO}/commit/{pushed.heads['main']}")
+    assert pushed.private
+    files = pushed.commits[pushed.heads["main"]]
+    names = ["README.md", "config.json", "metrics.json", "model.safetensors", "training.yaml"]
+    assert sorted(p.name for p in files.iterdir()) == names
+    settings = (files / "training.yaml").read_text()
+    assert yaml.safe_load(settings) == {"data": {"store": "cells.zarr"}, "seed": 3}
+
+    card = ModelCard((files / "README.md").read_text())
+    assert card.text.strip() == "# Mine"
+    assert card.data.library_name == "phenoseq"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.license == "mit"
+    assert card.data.datasets == ["lab/slides"]
+    assert card.data.tags == ["phenoseq", "mine"]
+    assert card.data.model_name == "tiny"
+    results = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert results == {"pcc_gene_median": 0.25, "mse": 0.333333}
+    assert {r.dataset_name for r in card.data.eval_results} == {"slide 7"}
+
+    assert "is private" in stranger.load(REPO)
+    same = machine.run(
+        "import phenoseq, torch\n"
+        f"a, b = phenoseq.load_model({str(folder)!r}), phenoseq.load_model({REPO!r})\n"
+        "b = b.state_dict()\n"
+        "print(all(torch.equal(t, b[n]) for n, t in a.state_dict().items()))"
+    )
+    assert same.strip().endswith("True")
 
 
-def test_a_newer_commit_is_not_taken_unasked(machine, hub):
-    """Nor is anything downloaded where that was not allowed."""
-    assert machine.script("load(True)") == [LOADED]
-    hub.commit = "d" * 40
-    hub.asked.clear()
-    code = "shutil.rmtree(KEPT / 'model'); load(True); shutil.rmtree(KEPT); load()"
-    assert machine.script(code) == [LOADED] * 2
-    assert not any("d" * 40 in line or "main" in line for line in hub.asked)
+def test_a_changed_model_is_pushed_without_the_scores_of_the_old(machine, hub, folder):
+    (folder / "metrics.json").write_text(json.dumps({"scores": [{"name": "old", "mse": 1.0}]}))
+    machine.run(
+        f"import phenoseq\nmodel = phenoseq.load_model({str(folder)!r})\n"
+        f"model.context_mean += 1\nmodel.push_to_hub({REPO!r})"
+    )
+    files = hub.repos[REPO].commits[hub.repos[REPO].heads["main"]]
+    assert sorted(p.name for p in files.iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    card = ModelCard((files / "README.md").read_text())
+    assert card.data.eval_results is None
+    assert card.data.license == "unknown"
+    assert "Predicts 6 genes from DNA, RNA in crops of 32 pixels at 0.5 µm" in card.text
+    assert "- best: S0 0.50, S1 0.40" in card.text
+    assert not hub.repos[REPO].private
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_no_network(machine, hub, offline):
-    hub.shutdown()
-    hub.server_close()
-    (refused,) = machine.script("load(True)", offline=offline)
-    assert refused.startswith(f"REFUSED {REPO}: cannot fetch img_norm.npz from {hub.url}")
-    assert "Check the network" in refused
-    assert str(machine.home) in refused
-    assert not (machine.kept / "record.json").exists()
+def test_the_commands(machine, hub, folder, tmp_path):
+    status, printed = machine.command("models", "push", str(folder), REPO, "--licence", "mit")
+    assert (status, "published: " in printed) == (0, True)
+    status, printed = machine.command("models", "show", f"{REPO}@main")
+    assert status == 0
+    for part in (f"{REPO}@{hub.repos[REPO].heads['main']}", "6 genes", "license: mit", "# tiny"):
+        assert part.replace("# ", "") in printed
+    assert not any(line.endswith(".safetensors") for line in hub.gets())
+    status, printed = machine.command("models", "download", REPO)
+    assert (status, "HF_HUB_OFFLINE=1" in printed) == (0, True)
+    status, printed = machine.command("models", "verify", REPO)
+    assert (status, printed.count("ok ")) == (0, 3)
+    assert REPO in machine.command("models", "where")[1]
+    status, printed = machine.command("models", "card", REPO)
+    pushed = hub.repos[REPO]
+    assert printed == (pushed.commits[pushed.heads["main"]] / "README.md").read_text()
 
 
-def test_a_file_that_is_not_there(machine, hub):
-    (hub.folder / "best_model.pt").unlink()
-    (refused,) = machine.script("load(True)")
-    assert "cannot fetch best_model.pt" in refused
+def test_a_private_push_to_what_everyone_sees_is_refused(machine, hub, repo, folder, commit):
+    status, printed = machine.command("models", "push", str(folder), REPO, "--private")
+    assert status == 1
+    assert "is there already, for everyone to see" in printed
+    assert list(repo.commits) == [commit]
 
 
-def test_the_command_asks_before_it_downloads(tmp_path, machine, hub):
-    rng = np.random.default_rng(1)
-    obs = pd.DataFrame({"Sample_ID": ["a", "b"] * 10}, index=[f"c{i}" for i in range(20)])
-    features = ad.AnnData(rng.normal(size=(20, 40)).astype(np.float32), obs=obs)
-    features.write_h5ad(tmp_path / "f.h5ad")
-    command = ["-m", "phenoseq.cli", "predict", str(tmp_path / "f.h5ad"), "--model", NAME]
-    command += ["--sample", "Sample_ID", "-o", str(tmp_path / "o.h5ad"), "--n-samples", "2"]
-    command += ["--steps", "3", "--device", "cpu"]
-    asked = machine.run(*command)
-    assert asked.returncode == 1
-    assert "2.7 GB" in asked.stdout
-    assert "say --yes" in asked.stderr
-    assert not any("GET" in line for line in hub.asked)
-    done = machine.run(*command, "--yes")
-    assert done.returncode == 0, done.stderr
-    assert "2 bags, scGPT embeddings of 16 numbers" in done.stdout
-    origin = ad.read_h5ad(tmp_path / "o.h5ad").uns["phenoseq"]["origin"]
-    assert (origin["repo"], origin["commit"], origin["weights"]) == (REPO, COMMIT, "ema")
+def test_a_push_without_a_token(stranger, hub, folder):
+    status, printed = stranger.command("models", "push", str(folder), REPO)
+    assert status == 1
+    assert f"error: {REPO}: " in printed
+    assert "HF_TOKEN" in printed
+    assert hub.repos == {}
 
 
-ROAD = """
-import torch
-from torchvision.models import VisionTransformer
-from phenoseq.models.features import FeatureConfig, FeatureExtractor
-stains = ("DNA", "RNA", "AGP", "Mito", "ER")
-sizes = dict(patch_size=32, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16, image_size=224)
-torch.manual_seed(0)
-vit = VisionTransformer(**sizes)
-small = FeatureExtractor(FeatureConfig("small", stains, **sizes), vit.state_dict(), "0" * 64)
-load(True)
-phenoseq.predict({folder!r}, model={name!r}, sample="Metadata_Well", pixel_size=0.598,
-                 eight_bit="full", extractor=small, n_samples=3, steps=4, device="cpu", out={out!r})
+@pytest.mark.parametrize("name", ["tiny", "lab/tiny@main", "lab/a/b"])
+def test_a_push_to_no_name(machine, folder, name):
+    status, printed = machine.command("models", "push", str(folder), name)
+    assert (status, "OWNER/NAME" in printed) == (1, True)
+
+
+PINNED = """
+from dataclasses import replace
+import phenoseq
+from phenoseq.zoo import registry
+entries = registry._ENTRIES
+source = registry.HubModel({repo!r}, {commit!r})
+entry = replace(entries[0], name="pinned", source=source, sha256={digest!r}, size=2_000_000_000)
+registry._ENTRIES = (entry,)
+for download in {downloads}:
+    try:
+        print(phenoseq.load_model("pinned", download=download).folder)
+    except phenoseq.ModelError as error:
+        print("REFUSED", error)
+registry._ENTRIES = entries
 """
 
 
-def test_from_real_images_to_embeddings(tmp_path, machine, shared_data):
-    """Five stains of one field, by the names in its table; a small random network of features."""
-    folder = shared_data / "cell_painting" / "pediatric"
-    out = tmp_path / "o.h5ad"
-    assert machine.script(ROAD.format(folder=str(folder), name=NAME, out=str(out))) == [LOADED]
-    made = ad.read_h5ad(out)
-    assert made.shape == (1, 16)
-    (bag,) = made.obs.itertuples()
-    assert (bag.Metadata_Well, bag.n_cells, bag.n_cut_by_border, bag.filled) == ("C03", 5, 5, True)
-    assert len(json.loads(bag.cells)) == 5
-    assert len(json.loads(bag.filled_with)) == 11
-    draws = [made.layers[f"draw_{k}"] for k in range(3)]
-    np.testing.assert_array_equal(made.X, draws[0])
-    assert np.isfinite(draws).all()
-    assert np.abs(draws[0] - draws[1]).max() > 0.1
-    how = made.uns["phenoseq"]
-    assert (how["model"], how["pairing"]) == (NAME, "sample")
-    assert how["features"]["eight_bit"] == "full"
-    assert how["features"]["crop_pixel_size"] == 0.598
+def test_an_entry_of_the_zoo_at_a_pinned_commit(machine, hub, repo, folder, commit):
+    """Asked for, fetched once, at its commit and with its digest whatever the branch has become."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    repo.heads["main"] = NEWER
+    what = {"repo": REPO, "commit": commit, "downloads": (False, True, False)}
+    refused, *loaded = machine.run(PINNED.format(digest=digest, **what)).splitlines()
+    assert "takes 2.0 GB to download" in refused
+    assert "download=True" in refused
+    assert len(loaded) == 2
+    assert all(line.endswith(commit) for line in loaded)
+    assert len([line for line in hub.gets() if line.endswith(".safetensors")]) == 1
+    refused, again, _ = machine.run(PINNED.format(digest="0" * 64, **what)).splitlines()
+    assert "is not the file that was released; it was removed" in refused
+    assert "is not the file that was released; it was removed" in again
+    assert not machine.cached("hub/**/model.safetensors")
+
+
+# ----------------------------------------------------------------------------------- a bad network
+
+
+def test_a_connection_that_breaks_halfway_goes_on_from_there(machine, hub, repo, folder, commit):
+    chunks = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE = {}"
+    machine.run(chunks.format(1 << 14))
+    hub.trouble.breaks = 1
+    assert machine.load(REPO).endswith(commit)
+    machine.run(chunks.format(10 << 20))
+    half = (folder / "model.safetensors").stat().st_size // 2
+    assert hub.ranges == [f"bytes={half - half % (1 << 14)}-"]
+
+
+def test_a_connection_that_breaks_each_time_leaves_nothing(machine, hub, repo, monkeypatch, commit):
+    machine.run("import time; time.sleep, time.slept = (lambda s: None), time.sleep")
+    hub.trouble.breaks = 100
+    refused = machine.load(REPO)
+    machine.run("import time; time.sleep = time.slept")
+    assert refused.startswith(f"REFUSED {REPO}@{commit}: ")
+    assert "try again" in refused or "Check the network" in refused
+    assert not machine.cached("hub/*/blobs/*incomplete*")
+    assert not machine.cached("hub/**/model.safetensors")
+    hub.trouble.breaks = 0
+    assert machine.load(REPO).endswith(commit)
+
+
+def test_wrong_bytes_are_removed_and_never_loaded(machine, hub, repo, commit):
+    hub.trouble.spoilt = True
+    refused = machine.load(REPO)
+    assert "model.safetensors: is not the file that the hub has (sha256 hash" in refused
+    assert "was removed" in refused
+    assert not machine.cached("hub/**/model.safetensors")
+    hub.trouble.spoilt = False
+    assert machine.load(REPO).endswith(commit)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_changed_in_the_cache_is_fetched_again(machine, hub, repo, name, commit):
+    blob = (Path(machine.load(REPO)) / name).resolve()
+    data = bytearray(blob.read_bytes())
+    data[-2] ^= 1
+    blob.write_bytes(data)
+    status, printed = machine.command("models", "verify", REPO)
+    assert (status, f"BAD  {REPO}@{commit} {name}: " in printed) == (1, name != "config.json")
+    assert f"{name}: is not the file that the hub has" in machine.load(f"{REPO}@{commit}")
+    assert machine.load(f"{REPO}@{commit}").endswith(commit)
+
+
+def test_a_slow_hub_is_waited_for(machine, hub, repo, commit):
+    hub.trouble.pause = 0.1
+    begin = time.monotonic()
+    assert machine.load(REPO).endswith(commit)
+    assert time.monotonic() - begin > 0.9
+
+
+def test_no_network_and_nothing_in_the_cache(machine, offline, hub, repo):
+    with hub.down():
+        refused = machine.load(REPO)
+    assert refused.startswith(f"REFUSED {REPO}: cannot be had from {hub.url}")
+    assert "Check the network and its proxy" in refused
+    refused = offline.load(REPO)
+    assert "HF_HUB_OFFLINE says not to use the network" in refused
+    assert str(machine.home) in refused
+
+
+# -------------------------------------------------------------------------------- what is not there
+
+
+def test_no_such_repository(machine, hub):
+    refused = machine.load("lab/other")
+    assert "has no such repository, or it is private" in refused
+    assert "did you mean 'Sentinal4D/PhenoSeq'" in machine.load("sentinal4d/phenoseq")
+
+
+def test_a_private_repository(stranger, machine, hub, repo, commit):
+    repo.private = True
+    assert "or it is private" in stranger.load(REPO)
+    assert "hf auth login" in stranger.load(REPO)
+    assert machine.load(REPO).endswith(commit)
+
+
+def test_a_gated_repository(stranger, hub, repo):
+    repo.gated = True
+    refused = stranger.load(REPO)
+    assert f"is gated: open {hub.url}/{REPO}, ask for access" in refused
+
+
+def test_a_revision_that_is_gone(machine, repo):
+    for revision in ("v9", "c" * 40):
+        refused = machine.load(f"{REPO}@{revision}")
+        assert f"{REPO} has no revision '{revision}', or not any longer" in refused
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "model.pt", "pytorch_model.bin", "a.PKL"])
+def test_a_pickle_is_refused_unfetched(machine, hub, repo, folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    refused = machine.load(REPO)
+    assert "no model.safetensors there" in refused
+    assert f"['{name}'] are pickles, which phenoseq never opens" in refused
+    assert "model.save(folder)" in refused
+    assert not any(line.endswith(name) for line in hub.gets())
+
+
+def test_a_pickle_by_the_name_of_safetensors_is_not_run(machine, repo, folder, tmp_path):
+    mark = tmp_path / "run"
+    evil = pickle.dumps(Evil(str(mark)))
+    (folder / "model.safetensors").write_bytes(evil)
+    assert "does not hold the weights of its config" in machine.load(REPO)
+    assert not mark.exists()
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_config_of_a_newer_phenoseq_is_refused_before_its_weights(machine, hub, repo, folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"schema_version": 99}))
+    refused = machine.load(REPO)
+    assert "schema version 99, this phenoseq" in refused
+    assert "pip install --upgrade phenoseq" in refused
+    assert not any(line.endswith(".safetensors") for line in hub.gets())
+
+
+def test_weights_that_do_not_fit_the_config(machine, repo, folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["context_mean"] = torch.zeros(17)
+    save_file(tensors, folder / "model.safetensors")
+    assert "context_mean is (17,), by the config (16,)" in machine.load(REPO)
+
+
+def test_names_of_a_tree_do_not_leave_the_cache(machine, hub, repo, commit):
+    hub.trouble.names = ["../../../config.json", "/tmp/README.md", "a/../../README.md"]
+    assert machine.load(REPO).endswith(commit)
+    assert [line.rpartition("/")[2] for line in hub.gets()] == ["config.json", "model.safetensors"]
+
+
+def test_the_server_hashes_as_git_does():
+    assert blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,12 @@ from phenoseq.data.simulate import CHANNELS, simulate_plate
 from phenoseq.errors import ModelError
 from phenoseq.evaluation.metrics import pcc_gene
 from phenoseq.models.phenoseq import PhenoSeq
-from phenoseq.zoo import registry
-from phenoseq.zoo.registry import HubEntry, ModelEntry, find, list_models, load_model
+from phenoseq.models.published_config import Origin, PublishedConfig
+from phenoseq.zoo import cards
+from phenoseq.zoo.about import stains_of
+from phenoseq.zoo.checkpoint import HubCheckpoint
+from phenoseq.zoo.convert import sha256_of
+from phenoseq.zoo.registry import Embedded, find, list_models, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("xenium-pancreas", "simulated-plate")
@@ -27,16 +30,32 @@ each = pytest.mark.parametrize("name", NAMES)
 
 def test_names():
     assert tuple(entry.name for entry in list_models()) == NAMES + FROM_HUB
-    assert all(isinstance(find(name), ModelEntry) for name in NAMES)
-    assert all(isinstance(find(name), HubEntry) for name in FROM_HUB)
+    assert all(isinstance(find(name).source, Embedded) for name in NAMES)
+    assert all(isinstance(find(name).source, HubCheckpoint) for name in FROM_HUB)
     assert phenoseq.list_models() == list_models()
-    assert all(entry.summary and entry.data for entry in list_models())
 
 
 @each
-def test_weights_are_the_released_file(name):
-    weights = find(name).folder / "model.safetensors"
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == find(name).sha256
+def test_an_entry_agrees_with_its_files(name):
+    entry = find(name)
+    weights = entry.folder / "model.safetensors"
+    assert sha256_of(weights) == entry.sha256
+    assert weights.stat().st_size == entry.size
+    config = load_model(name).config
+    assert entry.pairing == config.pairing
+    assert entry.channels == stains_of(config)
+    assert entry.pixel_size == config.image.pixel_size
+    assert (entry.n_vars, entry.unit) == (len(config.expression.genes), "genes")
+    assert entry.is_here
+
+
+@pytest.mark.parametrize("name", FROM_HUB)
+def test_an_entry_of_the_hub_agrees_with_what_its_conversion_gives(name):
+    entry, config = find(name), PublishedConfig(Origin("", "", "ema"))
+    assert (entry.n_vars, entry.pairing) == (config.sizes.embedding, config.pairing)
+    assert entry.channels == config.features.channels
+    assert config.embedding in entry.unit
+    assert not entry.sha256, "no digest is known"
 
 
 @each
@@ -46,20 +65,10 @@ def test_a_folder_holds_config_scores_and_safetensors_alone(name):
 
 
 def test_embedded_weights_are_small():
-    embedded = [entry for entry in list_models() if isinstance(entry, ModelEntry)]
+    embedded = [entry for entry in list_models() if isinstance(entry.source, Embedded)]
     files = [p for entry in embedded for p in entry.folder.rglob("*") if p.is_file()]
     assert len(files) == 3 * len(NAMES)
     assert sum(p.stat().st_size for p in files) < 60e6
-
-
-@pytest.mark.parametrize("name", NAMES + FROM_HUB)
-def test_card(name):
-    card = (ROOT / "model_cards" / f"{name}.md").read_text()
-    assert card.startswith("---\n")
-    assert f"# {name}\n" in card
-    assert "@" not in card.replace("@{", "").replace("@misc", ""), "a place left to fill in"
-    for heading in ("## Use", "## Data", "## Training", "## Scores"):
-        assert heading in card
 
 
 @each
@@ -189,7 +198,7 @@ def elsewhere(monkeypatch, tmp_path):
     """A copy of the embedded weights, for a test to spoil."""
     folder = tmp_path / "weights" / "simulated-plate"
     shutil.copytree(find("simulated-plate").folder, folder)
-    monkeypatch.setattr(registry, "files", lambda package: tmp_path)
+    monkeypatch.setattr(cards, "files", lambda package: tmp_path)
     assert isinstance(load_model("simulated-plate"), PhenoSeq)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pyarrow.parquet as pq
 
 from phenoseq.channels import canonical_channels
 from phenoseq.data.readers.cells import check_cells
-from phenoseq.data.readers.planes import Planes, choose_file, find_files, open_planes
+from phenoseq.data.readers.lookup import choose_file, find_files
+from phenoseq.data.readers.planes import Planes, probe_fields
+from phenoseq.data.readers.plate import well_name
 from phenoseq.data.source import Problem, Source, digest_of, tell_problems
 from phenoseq.errors import DataError, PhenoseqWarning
 
 _IMAGE = re.compile(r"Image_FileName_Orig(.+)")
-_WELL = re.compile(r"([A-Za-z]{1,2})0*([0-9]{1,2})")
 #: What tells fields apart, in the names of the field, and the columns that may hold it.
 _KEYS = {
     key: (f"Metadata_{key}", f"Image_Metadata_{key}", *others)
@@ -93,19 +95,20 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
     table = _read(path, columns)
     stated = _stated_size(path, table)
     obs, sites = _cells(path, table)
-    images, reasons, channels = _images(folder, path, sites)
-    sizes = {planes.pixel_size for planes in images.values() if planes.pixel_size} | stated
-    size = _pixel_size(path, sizes, pixel_size)
+    files, channels, lacking = _images(folder, path, sites)
+    found, _, broken = probe_fields(files)
     cells = obs["field"].value_counts()
-    problems = tuple(Problem(f, why, int(cells[f])) for f, why in reasons.items())
-    tell_problems(problems, len(images), str(folder))
-    obs = obs[obs["field"].isin(list(images))].copy()
+    problems = tuple(replace(p, cells=int(cells[p.where])) for p in (*lacking, *broken))
+    tell_problems(problems, len(found), str(folder))
+    sizes = {one.pixel_size for one in found.values() if one.pixel_size} | stated
+    size = _pixel_size(path, sizes, pixel_size)
+    obs = obs[obs["field"].isin(list(found))].copy()
     obs[["x_centroid", "y_centroid"]] = (obs[["x_centroid", "y_centroid"]] + 0.5) * size
     return Source(
         kind="cellprofiler",
         name=str(folder),
         channels=channels,
-        fields={name: planes.field(size) for name, planes in images.items()},
+        fields={name: one.field(files[name], channels, size) for name, one in found.items()},
         obs=obs,
         counts=None,
         var=None,
@@ -188,7 +191,7 @@ def _cells(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]
         )
     keys = {key: table[name] for key, name in found.items() if name is not None}
     if "Well" in keys:
-        keys["Well"] = keys["Well"].map(_well)
+        keys["Well"] = keys["Well"].map(well_name)
     for key, values in {**keys, "object": table[number]}.items():
         lacking = int((values == "").sum())
         if lacking:
@@ -220,12 +223,6 @@ def _first(path: Path, table: pd.DataFrame, names: Sequence[str], what: str) -> 
         if name in table:
             return name
     raise DataError(f"{path}: no column for the {what}; it needs one of {list(names)}")
-
-
-def _well(name: str) -> str:
-    """Return ``A01`` for ``a1``; what is no well's name stays as it is."""
-    match = _WELL.fullmatch(name)
-    return f"{match[1].upper()}{int(match[2]):02d}" if match else name
 
 
 def _stated_size(path: Path, table: pd.DataFrame) -> set[float]:
@@ -260,8 +257,8 @@ def _pixel_size(path: Path, stated: set[float], given: float | None) -> float:
 
 def _images(
     folder: Path, path: Path, sites: pd.DataFrame
-) -> tuple[dict[str, Planes], dict[str, str], tuple[str, ...]]:
-    """Open the fields; return them, those left out with the reason, and their stains."""
+) -> tuple[dict[str, Planes], tuple[str, ...], list[Problem]]:
+    """Return the files of each field, their stains, and the fields of which one is missing."""
     columns = [name for name in sites if _IMAGE.fullmatch(name)]
     named = {name: [re.split(r"[\\/]", file)[-1] for file in sites[name]] for name in columns}
     found = find_files(folder, {file for files in named.values() for file in files if file})
@@ -270,8 +267,8 @@ def _images(
         folders = sites.get(name.replace("FileName", "PathName"), pd.Series("", sites.index))
         files[name] = [choose_file(found, *both) for both in zip(named[name], folders, strict=True)]
     _check_apart(path, files, list(sites.index))
-    there = {name: np.mean([p is not None for p in files[name]]) for name in columns}
-    kept = [name for name in columns if there[name] >= MIN_SHARE]
+    share = {name: np.mean([p is not None for p in files[name]]) for name in columns}
+    kept = [name for name in columns if share[name] >= MIN_SHARE]
     if not kept:
         raise DataError(
             f"{folder}: images that {path.name} names are not below it, e.g. "
@@ -282,21 +279,15 @@ def _images(
     absent = {_stain(name): named[name][0] for name in columns if name not in kept}
     if absent:
         _warn(f"{folder}: no images, or few, of the stains {absent}: they are left out")
-    images, reasons = {}, {}
+    fields, problems = {}, []
     for k, field in enumerate(sites.index):
+        there = {stain: files[name][k] for stain, name in zip(channels, kept, strict=True)}
         missing = [named[name][k] or f"{name} is empty" for name in kept if files[name][k] is None]
-        try:
-            if missing:
-                raise DataError(f"{folder}: field {field}: no image {missing} below it")
-            images[field] = open_planes([p for n in kept if (p := files[n][k]) is not None])
-        except DataError as error:
-            reasons[field] = str(error)
-    if not images:
-        raise DataError(next(iter(reasons.values())))
-    types = {planes.dtype.name: planes.paths[0] for planes in images.values()}
-    if len(types) > 1:
-        raise DataError(f"{folder}: fields differ in pixel type: {types}; read them apart")
-    return images, reasons, channels
+        if missing:
+            problems.append(Problem(field, f"no image {missing} below {folder}"))
+        else:
+            fields[field] = Planes({stain: p for stain, p in there.items() if p is not None})
+    return fields, channels, problems
 
 
 def _check_apart(

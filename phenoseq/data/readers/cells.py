@@ -48,7 +48,8 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            table = pd.read_csv(path, dtype={"cell_id": str, "field": str})
+            kinds = {"cell_id": str, "field": str}
+            table = pd.read_csv(path, dtype=kinds, float_precision="round_trip")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError, EOFError, zlib.error) as error:

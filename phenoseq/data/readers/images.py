@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phenoseq.channels import STAINS, canonical
+from phenoseq.channels import canonical
 from phenoseq.data.readers.filenames import example_map, parse_name, read_channel_map
-from phenoseq.data.readers.ometiff import OmeTiff, open_ometiff, open_stains
-from phenoseq.data.source import FieldImage, Level, Problem, tell_problems
+from phenoseq.data.readers.planes import Planes, Probe, probe_fields
+from phenoseq.data.source import FieldImage, Problem, tell_problems
 from phenoseq.errors import DataError
-from phenoseq.progress import bar
 
 #: Folders beside the images that hold something else.
 MASKS, OVERLAYS = "masks", "overlays"
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one field: one a stain, or one with all of them (under the name "")."""
-
-    stains: Mapping[str, Path]
-
-    def open(self, only: str | None = None) -> OmeTiff:
-        """Open them, or the file of one stain; :class:`DataError` where one is broken."""
-        if "" in self.stains:
-            return open_ometiff([self.stains[""]])
-        return open_stains(self.stains if only is None else {only: self.stains[only]})
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,7 @@ class Images:
     channels: tuple[str, ...]
     pixel_size: float
     fields: dict[str, FieldImage]
-    files: dict[str, Files]
+    files: dict[str, Planes]
     metadata: dict[str, dict[str, str]]
     problems: tuple[Problem, ...]
 
@@ -68,33 +53,6 @@ class Images:
         finally:
             image.close()
         return np.asarray(pixels[image.channels.index(stain)])
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What opening a field told."""
-
-    channels: tuple[str, ...]
-    dtype: np.dtype[Any]
-    pixel_size: float | None
-    levels: tuple[tuple[float, tuple[int, int]], ...]  # reduction and shape of each
-
-
-@dataclass(frozen=True)
-class _Region:
-    """Reads a region of some channels of a field, which is open no longer than that."""
-
-    files: Files
-    channels: tuple[str, ...]
-    level: int
-
-    def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        image = self.files.open()
-        try:
-            pixels = image.field(1.0).levels[self.level].read(y0, y1, x0, x1)
-        finally:
-            image.close()
-        return pixels[[image.channels.index(name) for name in self.channels]]
 
 
 def open_images(folder: Path, pixel_size: float | None = None) -> Images:
@@ -117,41 +75,13 @@ def open_images(folder: Path, pixel_size: float | None = None) -> Images:
         field, there is no pixel size, or no field can be used.
     """
     files, metadata = _group(folder)
-    found: dict[str, _Found] = {}
-    problems = []
-    with bar("checking images") as progress:
-        for done, (field, these) in enumerate(files.items(), start=1):
-            try:
-                found[field] = _probe(these)
-            except DataError as error:
-                problems.append(Problem(field, str(error)))
-            progress(done, len(files))
-    channels, dtype = _most_common(found)
-    for field, one in list(found.items()):
-        lacking = [name for name in channels if name not in one.channels]
-        if lacking:
-            reason = f"has no image of {lacking}, as other fields do (it has {list(one.channels)})"
-        elif one.dtype != dtype:
-            reason = f"pixels are {one.dtype}, those of other fields {dtype}"
-        else:
-            continue
-        problems.append(Problem(field, reason))
-        del found[field]
+    found, channels, problems = probe_fields(files)
     if not found:
         tell_problems(problems, 0, str(folder))
     size = _pixel_size(found, pixel_size, folder)
-    fields = {
-        field: FieldImage(
-            tuple(
-                Level(size * reduction, shape, _Region(files[field], channels, k))
-                for k, (reduction, shape) in enumerate(one.levels)
-            ),
-            dtype,
-        )
-        for field, one in found.items()
-    }
+    fields = {field: one.field(files[field], channels, size) for field, one in found.items()}
     used = {field: files[field] for field in fields}
-    return Images(channels, size, fields, used, metadata, tuple(problems))
+    return Images(channels, size, fields, used, metadata, problems)
 
 
 def list_images(folder: Path) -> Iterator[Path]:
@@ -178,7 +108,7 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be searched ({error.strerror})") from error
 
 
-def _group(folder: Path) -> tuple[dict[str, Files], dict[str, dict[str, str]]]:
+def _group(folder: Path) -> tuple[dict[str, Planes], dict[str, dict[str, str]]]:
     """Put files together to fields by their names."""
     stain_of = read_channel_map(folder)
     fields: dict[str, dict[str, Path]] = {}
@@ -213,42 +143,10 @@ def _group(folder: Path) -> tuple[dict[str, Files], dict[str, dict[str, str]]]:
         )
     if not fields:
         raise DataError(f"{folder}: no TIFF image in it")
-    return {field: Files(dict(sorted(fields[field].items()))) for field in fields}, metadata
+    return {field: Planes(dict(sorted(fields[field].items()))) for field in fields}, metadata
 
 
-def _probe(files: Files) -> _Found:
-    try:
-        image = files.open()
-    except DataError as error:
-        if "" not in files.stains:
-            raise
-        raise DataError(
-            f"{error} (the end of the name {files.stains[''].name!r} is no stain that phenoseq "
-            "knows, so the file itself must name its channels; or tell it in channels.csv)"
-        ) from error
-    try:
-        image.check()
-        field = image.field(1.0)
-    finally:
-        image.close()
-    levels = tuple((level.pixel_size, level.shape) for level in field.levels)
-    return _Found(image.channels, field.dtype, image.pixel_size, levels)
-
-
-def _most_common(found: Mapping[str, _Found]) -> tuple[tuple[str, ...], np.dtype[Any]]:
-    """Return the stains that most fields have together (of equals, more stains), and the dtype."""
-    if not found:
-        return (), np.dtype(np.uint16)
-    order = list(STAINS)
-    sets = Counter(
-        tuple(sorted(one.channels, key=lambda s: (order.index(s) if s in order else 99, s)))
-        for one in found.values()
-    )
-    channels = max(sets, key=lambda names: (sets[names], len(names)))
-    return channels, Counter(one.dtype for one in found.values()).most_common(1)[0][0]
-
-
-def _pixel_size(found: Mapping[str, _Found], given: float | None, folder: Path) -> float:
+def _pixel_size(found: Mapping[str, Probe], given: float | None, folder: Path) -> float:
     stated = {f: one.pixel_size for f, one in found.items() if one.pixel_size is not None}
     sizes = [given] if given is not None else list(stated.values())
     if not sizes:

@@ -5,24 +5,33 @@ from __future__ import annotations
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import tifffile
-import zarr
 from numpy.typing import NDArray
 
 from phenoseq.channels import canonical_channels
 from phenoseq.data.readers.cells import check_cells
 from phenoseq.data.readers.illumination import corrected, open_illumination
 from phenoseq.data.readers.nuclei import KEYS, read_nuclei
+from phenoseq.data.readers.planes import Planes, Probe, probe_fields
 from phenoseq.data.readers.plate import well_name
 from phenoseq.data.readers.scale import pixel_size_of
-from phenoseq.data.readers.storage import Place, inside, is_url, open_file, place_of
-from phenoseq.data.source import FieldImage, Level, Source, digest_of
+from phenoseq.data.readers.storage import Place, inside, is_url, place_of
+from phenoseq.data.source import (
+    FieldImage,
+    Level,
+    Problem,
+    Region,
+    Source,
+    digest_of,
+    tell_problems,
+)
 from phenoseq.errors import DataError, PhenoseqWarning
 
 #: Names of the list of images, the first that is there counts.
@@ -31,6 +40,8 @@ LISTS = tuple(
     for part in ("_with_illum", "")
     for ending in ("csv", "csv.gz", "parquet")
 )
+#: Remote fields that are tried before it is said that none can be read.
+TRIES = 20
 
 
 def detect(path: Path) -> str | None:
@@ -43,6 +54,9 @@ def detect(path: Path) -> str | None:
 
 def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
     """Read a ``load_data.csv`` and the images that it lists, which may be remote.
+
+    A field that misses an image on the disk, or has a broken one, is left out with its cells; local
+    images are checked once, remote ones are not looked at before they are read.
 
     Each image is divided by the illumination function of its plate and stain, where there are
     such; the quotient is rounded and clipped to the pixel type of the images.
@@ -59,7 +73,7 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
     ------
     DataError
         Where the list or the table of nuclei is missing or broken, images lie outside what the
-        list may name, all are missing, or no pixel size is given.
+        list may name, more than a fifth of the fields cannot be used, or no pixel size is given.
     """
     path = Path(path)
     file = path if path.is_file() else next((path / n for n in LISTS if (path / n).exists()), None)
@@ -69,15 +83,22 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
     size = pixel_size_of(pixel_size, None, str(file))
     stains = _stains(table, "Orig", file)
     channels = canonical_channels(stains, str(file))
-    places = _present(_locations(table, "Orig", stains, file), table.index, file)
-    shape, dtype = _first(places)
-    functions = _functions(table, stains, file, shape)
+    places = _locations(table, "Orig", stains, file)
+    files, lacking = _present(places, channels, file)
+    found, broken = _probe(files)
+    shape = next(iter(found.values())).levels[0][1] if found else (0, 0)
+    functions = _functions(table, stains, file, shape) if found else {}
     fields = {}
-    for field, images in places.items():
+    for field, one in found.items():
         plate = str(table.loc[field, "Metadata_Plate"])
-        reader = _Reader(images, [functions.get((plate, stain)) for stain in stains], shape, dtype)
-        fields[field] = FieldImage((Level(size, shape, reader),), dtype)
-    obs = _cells(table, file, list(fields), size)
+        image = one.field(files[field], channels, size)
+        read = _Corrected(image.levels[0].read, [functions.get((plate, s)) for s in stains])
+        fields[field] = FieldImage((Level(size, shape, read),), image.dtype)
+    obs, idle = _cells(table, file, size)
+    cells = obs["field"].value_counts()
+    problems = tuple(replace(p, cells=int(cells.get(p.where, 0))) for p in (*lacking, *broken))
+    tell_problems(problems, len(fields), str(file))
+    obs = check_cells(obs[obs["field"].isin(fields)].copy(), str(file))
     return Source(
         kind="jump",
         name=str(path),
@@ -87,6 +108,7 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
         counts=None,
         var=None,
         identity=digest_of(size, obs),
+        problems=(*problems, *idle),
     )
 
 
@@ -162,95 +184,65 @@ def _location(url: str, name: str, folder: str, file: Path) -> Place | None:
 
 
 def _present(
-    places: Mapping[str, Sequence[Place | None]], names: pd.Index, file: Path
-) -> dict[str, list[Place]]:
-    """Return the fields of which no local image is missing, and warn of the others."""
-    kept: dict[str, list[Place]] = {}
+    places: Mapping[str, Sequence[Place | None]], channels: Sequence[str], file: Path
+) -> tuple[dict[str, Planes], list[Problem]]:
+    """Return the files of each field, and the fields of which a local one is missing."""
+    kept: dict[str, Planes] = {}
     seen: dict[Place, str] = {}
-    lost: list[str] = []
-    for field in names:
-        found = [p for p in places[field] if p is not None]
-        absent = [str(p) for p in found if isinstance(p, Path) and not p.is_file()]
-        if absent or len(found) < len(places[field]):
-            lost.append(f"{field} ({absent[0] if absent else 'a stain without a file'})")
+    problems = []
+    for field, these in places.items():
+        there = {stain: p for stain, p in zip(channels, these, strict=True) if p is not None}
+        absent = [str(p) for p in there.values() if isinstance(p, Path) and not p.is_file()]
+        if absent or len(there) < len(these):
+            what = absent[:1] or [f"file stated for {[s for s in channels if s not in there]}"]
+            problems.append(Problem(field, f"no image {what[0]}; copy it"))
             continue
-        kept[field] = found
-        for place in found:
+        kept[field] = Planes(there)
+        for place in there.values():
             if seen.setdefault(place, field) != field:
                 raise DataError(
                     f"{file}: {place} stands for two fields, {seen[place]} and {field}; correct "
                     "the paths, or put each plate into a folder of its own"
                 )
-    if not kept:
-        raise DataError(f"{file}: no field has all its images; the first misses {lost[0]}")
-    if lost:
-        warnings.warn(
-            f"{file}: {len(lost)} fields miss an image and are left out: {lost[:3]}",
-            PhenoseqWarning,
-            stacklevel=3,
-        )
-    return kept
+    return kept, problems
 
 
-def _first(places: Mapping[str, Sequence[Place]]) -> tuple[tuple[int, int], np.dtype[Any]]:
-    """Return shape and pixel type of the first image; all others must have the same."""
-    place = next(iter(places.values()))[0]
-    try:
-        with open_file(place) as handle, tifffile.TiffFile(handle) as tif:
-            page = tif.pages[0]
-            shape, dtype = page.shape, np.dtype(page.dtype)
-    except DataError:
-        raise
-    except Exception as error:  # tifffile raises many kinds on a broken file
-        raise _unreadable(place, error) from error
-    if len(shape) != 2:
-        raise DataError(f"{place}: pixels of shape {shape}; an image has one stain only")
-    return (int(shape[0]), int(shape[1])), dtype.newbyteorder("=")
+def _probe(files: Mapping[str, Planes]) -> tuple[dict[str, Probe], list[Problem]]:
+    """Check local images once; of remote ones the first alone, for all others."""
+    remote = [f for f, one in files.items() if any(map(is_url, one.stains.values()))]
+    found, _, broken = probe_fields({f: one for f, one in files.items() if f not in set(remote)})
+    problems, first = list(broken), next(iter(found.values()), None)
+    for tried, field in enumerate(remote):
+        if first is not None:
+            found |= dict.fromkeys(remote[tried:], first)
+            break
+        if tried == TRIES:
+            break
+        try:
+            found[field] = first = files[field].probe(decode=False)
+        except DataError as error:
+            problems.append(Problem(field, str(error)))
+    shapes = Counter(one.levels[0][1] for one in found.values())
+    shape = max(shapes, key=lambda s: shapes[s], default=None)
+    for field, one in found.items():
+        if one.levels[0][1] != shape:
+            problems.append(Problem(field, f"is of {one.levels[0][1]} pixels, others of {shape}"))
+    good = {field: found[field] for field in files if field in found}
+    return {f: one for f, one in good.items() if one.levels[0][1] == shape}, problems
 
 
-def _unreadable(place: Place, error: Exception) -> DataError:
-    return DataError(
-        f"{place}: not a readable TIFF ({error}); the file may be truncated: copy it again"
-    )
+class _Corrected:
+    """Reads a region and divides each stain by its illumination function, where there is one."""
 
-
-class _Reader:
-    """Reads a region of every stain of one field."""
-
-    def __init__(
-        self,
-        places: Sequence[Place],
-        functions: Sequence[NDArray[Any] | None],
-        shape: tuple[int, int],
-        dtype: np.dtype[Any],
-    ) -> None:
-        self._planes = list(zip(places, functions, strict=True))
-        self._shape, self._dtype = shape, dtype
+    def __init__(self, read: Region, functions: Sequence[NDArray[Any] | None]) -> None:
+        self._read, self._functions = read, functions
 
     def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
-        region = (slice(y0, y1), slice(x0, x1))
-        out = np.empty((len(self._planes), y1 - y0, x1 - x0), dtype=self._dtype)
-        for plane, (place, function) in zip(out, self._planes, strict=True):
-            pixels = self._read(place, region)
-            plane[:] = pixels if function is None else corrected(pixels, function[region])
-        return out
-
-    def _read(self, place: Place, region: tuple[slice, slice]) -> NDArray[Any]:
-        try:
-            with open_file(place) as handle, tifffile.TiffFile(handle) as tif:
-                page = tif.pages[0]
-                stated = (page.shape, np.dtype(page.dtype).newbyteorder("="))
-                if stated == (self._shape, self._dtype):
-                    array = zarr.open_array(page.aszarr(), mode="r")
-                    return np.asarray(array[region]).astype(self._dtype, copy=False)
-        except DataError:
-            raise
-        except Exception as error:
-            raise _unreadable(place, error) from error
-        raise DataError(
-            f"{place}: {stated[0]} {stated[1]} differs from {self._shape} {self._dtype} of the "
-            "first image; images of one source must match: keep those that differ apart"
-        )
+        pixels = self._read(y0, y1, x0, x1)
+        for plane, function in zip(pixels, self._functions, strict=True):
+            if function is not None:
+                plane[:] = corrected(plane, function[y0:y1, x0:x1])
+        return pixels
 
 
 def _functions(
@@ -288,8 +280,8 @@ def _there(place: Place) -> bool:
     return is_url(place) or Path(place).is_file()
 
 
-def _cells(table: pd.DataFrame, file: Path, fields: Sequence[str], size: float) -> pd.DataFrame:
-    """Return the nuclei of the fields that are listed."""
+def _cells(table: pd.DataFrame, file: Path, size: float) -> tuple[pd.DataFrame, list[Problem]]:
+    """Return the nuclei of the fields that are listed, and the fields that are not."""
     nuclei, where = read_nuclei(file.parent)
     if "Metadata_Plate" not in nuclei:
         plates = table["Metadata_Plate"].unique()
@@ -311,8 +303,11 @@ def _cells(table: pd.DataFrame, file: Path, fields: Sequence[str], size: float) 
             PhenoseqWarning,
             stacklevel=3,
         )
-    kept = names.isin(fields).to_numpy()
-    nuclei, names = nuclei[kept], names[kept]
+    idle = [
+        Problem(str(name) or "nuclei without a field", f"{file.name} does not list it", int(n))
+        for name, n in names[~listed].value_counts(sort=False).items()
+    ]
+    nuclei, names = nuclei[listed], names[listed]
     about = [column for column in table if column.startswith("Metadata_")]
     obs = pd.DataFrame({"field": names.to_numpy()})
     for axis in ("x", "y"):
@@ -321,4 +316,4 @@ def _cells(table: pd.DataFrame, file: Path, fields: Sequence[str], size: float) 
     for column in about:
         obs[column] = table[column].reindex(names).to_numpy()
     obs.index = pd.Index((names + "-" + nuclei["object"]).to_numpy(), dtype=object)
-    return check_cells(obs, where)
+    return check_cells(obs, where), idle

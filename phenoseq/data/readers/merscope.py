@@ -18,7 +18,7 @@ from phenoseq.data.readers.counts import align_counts
 from phenoseq.data.readers.ometiff import open_stains
 from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.genes import gene_table
+from phenoseq.genes import gene_table, tell_symbols
 
 _MOSAIC = re.compile(r"mosaic_(?P<stain>.+)_z(?P<z>\d+)\.tiff?")
 _IDS = ("EntityID", "cell_id", "cell")
@@ -251,10 +251,5 @@ def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.Dat
     if not np.isfinite(matrix.data).all():
         raise DataError(f"{path}: counts are missing; the file may be cut off: copy it again")
     var = gene_table([""] * len(genes), genes, str(path))
-    warnings.warn(
-        f"{path}: names genes by symbol only; {len(genes)} genes go by their symbol, and match "
-        "only models that do so too",
-        PhenoseqWarning,
-        stacklevel=3,
-    )
+    tell_symbols(var, str(path))
     return align_counts(matrix, pd.Index(barcodes), cells, str(path)), var

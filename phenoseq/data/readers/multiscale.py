@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,31 +153,63 @@ def ngff(attributes: Attributes) -> Attributes:
     return nested if isinstance(nested, dict) else attributes
 
 
-def open_multiscales(tree: Tree, paths: Sequence[str]) -> list[Multiscale | None]:
-    """Open the image in each group, None where there is no such group.
+def open_multiscales(tree: Tree, paths: Sequence[str]) -> list[Multiscale | DataError]:
+    """Open the image in each group.
 
-    Raises
-    ------
-    DataError
-        Where the metadata is broken, of another version of NGFF, or of an image with several
-        times.
+    Returns
+    -------
+    The images; in place of one the error where there is no such group, or its metadata is broken,
+    of another version of NGFF, or of an image with several times.
     """
-    found: list[tuple[int, _Stated]] = []
-    out: list[Multiscale | None] = [None] * len(paths)
-    for k, (path, attributes) in enumerate(zip(paths, tree.attributes(paths), strict=True)):
-        if attributes is not None:
-            try:
-                found.append((k, _parse(tree, path, ngff(attributes))))
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                raise DataError(
-                    f"{tree.where(path)}: its OME-Zarr metadata is broken "
-                    f"({type(error).__name__}: {error}); write it again"
-                ) from error
-    arrays = iter(tree.arrays([path for _, stated in found for path in stated.datasets]))
-    for k, stated in found:
-        levels = [next(arrays) for _ in stated.datasets]
-        out[k] = _assemble(tree, paths[k], stated, levels)
+    out: list[Multiscale | DataError] = []
+    stated = [
+        _stated(tree, *both)
+        for both in zip(paths, each_document(tree.attributes, paths), strict=True)
+    ]
+    levels = [one.datasets if isinstance(one, _Stated) else () for one in stated]
+    arrays = iter(each_document(tree.arrays, [path for some in levels for path in some]))
+    for path, one, some in zip(paths, stated, levels, strict=True):
+        documents = [next(arrays) for _ in some]
+        try:
+            out.append(one if isinstance(one, DataError) else _assemble(tree, path, one, documents))
+        except DataError as error:
+            out.append(error)
     return out
+
+
+def each_document(
+    fetch: Callable[[Sequence[str]], Sequence[Attributes | None]], paths: Sequence[str]
+) -> list[Attributes | DataError | None]:
+    """Fetch a document for each path, with the error in its place where one is broken."""
+    try:
+        return list(fetch(paths))
+    except DataError:
+        out: list[Attributes | DataError | None] = []
+        for path in paths:
+            try:
+                out += fetch([path])
+            except DataError as error:
+                out.append(error)
+        return out
+
+
+def _stated(
+    tree: Tree, path: str, attributes: Attributes | DataError | None
+) -> _Stated | DataError:
+    where = tree.where(path)
+    if isinstance(attributes, DataError):
+        return attributes
+    if attributes is None:
+        return DataError(f"{where}: missing, but metadata lists it; copy it again")
+    try:
+        return _parse(tree, path, ngff(attributes))
+    except DataError as error:
+        return error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return DataError(
+            f"{where}: its OME-Zarr metadata is broken ({type(error).__name__}: {error}); write "
+            "it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -236,11 +268,13 @@ def _scale(transformations: Sequence[Attributes] | None, n_axes: int) -> Grid | 
 
 
 def _assemble(
-    tree: Tree, path: str, stated: _Stated, documents: Sequence[Attributes | None]
+    tree: Tree, path: str, stated: _Stated, documents: Sequence[Attributes | DataError | None]
 ) -> Multiscale:
     where = tree.where(path)
     shapes, types = [], []
     for dataset, document in zip(stated.datasets, documents, strict=True):
+        if isinstance(document, DataError):
+            raise document
         if document is None:
             raise DataError(f"{tree.where(dataset)}: missing, but {where} lists it; copy it again")
         try:

@@ -15,6 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from phenoseq.channels import canonical_channels
+from phenoseq.data.readers.storage import Place, open_url
 from phenoseq.data.source import FieldImage, Level
 from phenoseq.errors import DataError
 
@@ -35,7 +36,7 @@ class OmeTiff:
 
     channels: tuple[str, ...]
     pixel_size: float | None
-    series: tuple[tuple[Path, Any, int | None], ...]
+    series: tuple[tuple[Place, Any, int | None], ...]
 
     def field(self, pixel_size: float) -> FieldImage:
         """Return the pyramid at ``pixel_size`` micrometres a full-resolution pixel."""
@@ -80,7 +81,7 @@ class OmeTiff:
 class _Reader:
     """Reads a region of every channel of one pyramid level; chunks are decoded as needed."""
 
-    def __init__(self, planes: Sequence[tuple[Path, Callable[[], Any], int | None]]) -> None:
+    def __init__(self, planes: Sequence[tuple[Place, Callable[[], Any], int | None]]) -> None:
         self._planes = planes
 
     def __call__(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Any]:
@@ -98,7 +99,7 @@ class _Reader:
         return np.stack(planes)
 
 
-def _lazy(path: Path, series: Any, k: int) -> Callable[[], Any]:
+def _lazy(path: Place, series: Any, k: int) -> Callable[[], Any]:
     """Return a function that gives the pixels of a level as something that is read when sliced.
 
     Pixels that lie in the file as they are get mapped: read as chunks they could be one chunk of
@@ -106,7 +107,7 @@ def _lazy(path: Path, series: Any, k: int) -> Callable[[], Any]:
     """
     level = series.levels[k]
     offset = level.dataoffset
-    if offset is not None and level.keyframe.is_memmappable:
+    if isinstance(path, Path) and offset is not None and level.keyframe.is_memmappable:
         dtype = np.dtype(level.dtype).newbyteorder(level.parent.byteorder)
         return lambda: np.memmap(path, dtype, mode="r", offset=offset, shape=level.shape)
     array = zarr.open_array(series.aszarr(level=k), mode="r")
@@ -132,7 +133,7 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
         Where a file is missing, truncated or no TIFF, a file of the set is absent, the stains
         have no names, or files differ in size or pixel type.
     """
-    series: list[tuple[Path, Any, int | None]] = []
+    series: list[tuple[Place, Any, int | None]] = []
     names: list[str] = []
     sizes: list[float] = []
     seen: set[str] = set()
@@ -169,7 +170,7 @@ def open_ometiff(files: Sequence[Path], default_names: Sequence[str] = ()) -> Om
     return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
 
 
-def open_stains(files: Mapping[str, Path]) -> OmeTiff:
+def open_stains(files: Mapping[str, Place]) -> OmeTiff:
     """Open the TIFF files of one field, one a stain, under the names given for them.
 
     What the files say of names and of a set is not asked; a pixel size in OME-XML is.
@@ -177,7 +178,7 @@ def open_stains(files: Mapping[str, Path]) -> OmeTiff:
     Parameters
     ----------
     files
-        File of each stain.
+        File of each stain; a URL is read piece by piece.
 
     Raises
     ------
@@ -185,7 +186,7 @@ def open_stains(files: Mapping[str, Path]) -> OmeTiff:
         Where a file is missing, truncated, no TIFF or of more than one plane, two names mean one
         stain, or files differ in size or pixel type.
     """
-    series: list[tuple[Path, Any, int | None]] = []
+    series: list[tuple[Place, Any, int | None]] = []
     sizes: list[float] = []
     for path in files.values():
         tif = open_tiff(path, is_ome=False)
@@ -203,30 +204,32 @@ def open_stains(files: Mapping[str, Path]) -> OmeTiff:
         sizes += [size] if size else []
         series.append((path, one, None))
     _check_alike(series)
-    where = str(next(iter(files.values())).parent)
-    channels = canonical_channels(list(files), where)
+    channels = canonical_channels(list(files), str(next(iter(files.values()))))
     return OmeTiff(channels, sizes[0] if sizes else None, tuple(series))
 
 
-def _check_alike(series: Sequence[tuple[Path, Any, int | None]]) -> None:
+def _check_alike(series: Sequence[tuple[Place, Any, int | None]]) -> None:
     first_path, first, _ = series[0]
     for path, other, _ in series:
         if other.shape[-2:] != first.shape[-2:] or other.dtype != first.dtype:
             raise DataError(
-                f"{path}: {other.shape[-2:]} {other.dtype} differs from {first_path.name}: "
+                f"{path}: {other.shape[-2:]} {other.dtype} differs from {first_path}: "
                 f"{first.shape[-2:]} {first.dtype}; stains of one field must match"
             )
         if [lv.shape[-2:] for lv in other.levels] != [lv.shape[-2:] for lv in first.levels]:
-            raise DataError(f"{path}: its pyramid differs from that of {first_path.name}")
+            raise DataError(f"{path}: its pyramid differs from that of {first_path}")
 
 
-def open_tiff(path: Path, *, is_ome: bool | None = None) -> tifffile.TiffFile:
+def open_tiff(path: Place, *, is_ome: bool | None = None) -> tifffile.TiffFile:
     """Open one file, which must be there to its end; ``is_ome=False`` ignores its OME-XML."""
     try:
-        tif = tifffile.TiffFile(path, is_ome=is_ome)
+        file = path if isinstance(path, Path) else open_url(path)
+        tif = tifffile.TiffFile(file, is_ome=is_ome)
         whole = _is_whole(tif)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image") from error
+    except DataError:
+        raise
     except Exception as error:  # tifffile raises many kinds on a broken file
         raise DataError(
             f"{path}: not a readable TIFF ({error}); the file may be truncated: copy it again"
@@ -256,7 +259,7 @@ def _is_whole(tif: tifffile.TiffFile) -> bool:
     return True
 
 
-def stated_in_ome(path: Path, xml: str | None) -> tuple[set[str], list[str | None], float | None]:
+def stated_in_ome(path: Place, xml: str | None) -> tuple[set[str], list[str | None], float | None]:
     """Return the files of the set, the channel names and the pixel size that OME-XML states."""
     if xml is None:
         return set(), [], None

@@ -11,11 +11,17 @@ import pandas as pd
 
 from phenoseq.data.readers.cells import check_cells
 from phenoseq.data.readers.labels import centroids
-from phenoseq.data.readers.multiscale import Attributes, Multiscale, ngff, open_multiscales
+from phenoseq.data.readers.multiscale import (
+    Attributes,
+    Multiscale,
+    each_document,
+    ngff,
+    open_multiscales,
+)
 from phenoseq.data.readers.plate import well_name
 from phenoseq.data.readers.scale import pixel_size_of
 from phenoseq.data.readers.storage import Place, Tree, inside, place_of
-from phenoseq.data.source import Source, digest_of
+from phenoseq.data.source import Problem, Source, digest_of, tell_problems
 from phenoseq.errors import DataError, PhenoseqWarning
 
 #: Of several label images, the one of the first of these names is read.
@@ -70,13 +76,18 @@ def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Sour
     Raises
     ------
     DataError
-        Where metadata is missing or broken, channels have no names, no pixel size is stated, fields
-        differ in stains, pixel type or pixel size, or there are no label images.
+        Where the metadata of the whole is missing or broken, no pixel size is stated, or more than
+        a fifth of the fields cannot be used: missing, broken, unlike the first in stains, pixel
+        type or pixel size, or without a label image.
     """
     tree = Tree(place_of(source))
     attributes = _root_attributes(tree)
+    problems: list[Problem] = []
+    idle: list[Problem] = []
     if "plate" in attributes:
-        spots = _plate(tree, attributes["plate"])
+        wells = _wells(tree, attributes["plate"])
+        spots, problems = _spots(tree, attributes["plate"], wells)
+        idle = _unlisted(tree, wells)
     elif "multiscales" in attributes:
         spots = [_Spot("", _stem(tree.where("")), {})]
     elif "well" in attributes:
@@ -85,36 +96,57 @@ def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Sour
         raise DataError(f"{tree.root}: a collection of images; give one of them: {tree.where('0')}")
     else:
         raise DataError(f"{tree.root}: its metadata tells of neither a plate nor an image")
-    opened = open_multiscales(tree, [spot.path for spot in spots])
-    lost = [tree.where(s.path) for s, image in zip(spots, opened, strict=True) if image is None]
-    _left_out(lost, "fields that the metadata lists are missing", str(tree.root))
-    images = [(s, image) for s, image in zip(spots, opened, strict=True) if image is not None]
-    if not images:
-        raise DataError(f"{tree.root}: none of the fields that its metadata lists is there")
-    first = images[0][1]
-    size = pixel_size_of(pixel_size, first.pixel_size, first.where)
-    channels = first.channels()
-    for _, image in images:
-        _same(image, first, given=pixel_size is not None)
-    if first.depth > 1:
-        warnings.warn(
-            f"{tree.root}: {first.depth} focal planes; only the middle one, plane "
-            f"{first.depth // 2}, is read",
-            PhenoseqWarning,
-            stacklevel=2,
-        )
-    fields = {spot.name: image.field(size) for spot, image in images}
-    obs = _cells(tree, images, size)
+    images, broken = _images(tree, spots, given=pixel_size is not None)
+    size = 1.0
+    if images:
+        first = images[0][1]
+        size = pixel_size_of(pixel_size, first.pixel_size, first.where)
+        _tell_depth(first, tree)
+    obs, without = _cells(tree, images, size)
+    problems += [*broken, *without]
+    lost = {problem.where for problem in problems}
+    fields = {spot.name: image.field(size) for spot, image in images if spot.name not in lost}
+    tell_problems(problems, len(fields), str(tree.root))
+    obs = check_cells(obs, str(tree.root))
     return Source(
         kind="ome-zarr",
         name=str(tree.root),
-        channels=channels,
+        channels=first.channels(),
         fields=fields,
         obs=obs,
         counts=None,
         var=None,
         identity=digest_of(size, obs),
+        problems=(*problems, *idle),
     )
+
+
+def _images(
+    tree: Tree, spots: Sequence[_Spot], *, given: bool
+) -> tuple[list[tuple[_Spot, Multiscale]], list[Problem]]:
+    """Open the image of every field; return those that are alike, and the others with a reason."""
+    images: list[tuple[_Spot, Multiscale]] = []
+    problems = []
+    opened = open_multiscales(tree, [spot.path for spot in spots])
+    for spot, image in zip(spots, opened, strict=True):
+        try:
+            if isinstance(image, DataError):
+                raise image
+            _same(image, images[0][1] if images else image, given=given)
+            images.append((spot, image))
+        except DataError as error:
+            problems.append(Problem(spot.name, str(error)))
+    return images, problems
+
+
+def _tell_depth(image: Multiscale, tree: Tree) -> None:
+    if image.depth > 1:
+        warnings.warn(
+            f"{tree.root}: {image.depth} focal planes; only the middle one, plane "
+            f"{image.depth // 2}, is read",
+            PhenoseqWarning,
+            stacklevel=3,
+        )
 
 
 def _root_attributes(tree: Tree) -> Attributes:
@@ -127,31 +159,42 @@ def _stem(where: str) -> str:
     return name.removesuffix(".zarr").removesuffix(".ome") or name
 
 
-def _plate(tree: Tree, plate: Attributes) -> list[_Spot]:
-    """Return the fields of a plate, in the order of its metadata."""
+def _title(tree: Tree, plate: Attributes) -> str:
+    return str(plate.get("name") or _stem(tree.where("")))
+
+
+def _wells(tree: Tree, plate: Attributes) -> list[str]:
+    """Return the paths of a plate's wells, in the order of its metadata."""
     where = tree.where("")
     try:
-        wells = [inside(well["path"], where) for well in plate["wells"]]
-        title = str(plate.get("name") or _stem(where))
-    except (KeyError, TypeError) as error:
+        return [inside(well["path"], where) for well in plate["wells"]]
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: broken metadata of the plate ({error!r}); copy it again") from (
             error
         )
-    _check_wells(tree, wells)
-    spots, lost = [], []
-    for path, attributes in zip(wells, tree.attributes(wells), strict=True):
-        if attributes is None:
-            lost.append(tree.where(path))
-            continue
+
+
+def _spots(
+    tree: Tree, plate: Attributes, wells: Sequence[str]
+) -> tuple[list[_Spot], list[Problem]]:
+    """Return the fields of a plate, in the order of its metadata, and wells that cannot be used."""
+    title = _title(tree, plate)
+    spots, problems = [], []
+    for path, attributes in zip(wells, each_document(tree.attributes, wells), strict=True):
+        where, well = tree.where(path), well_name(path)
         try:
-            paths = [
-                inside(i["path"], tree.where(path)) for i in ngff(attributes)["well"]["images"]
-            ]
+            if isinstance(attributes, DataError):
+                raise attributes
+            if attributes is None:
+                raise DataError(f"{where}: a well that is missing, but the plate lists it; copy it")
+            paths = [inside(i["path"], where) for i in ngff(attributes)["well"]["images"]]
         except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{tree.where(path)}: broken metadata of the well ({error!r}); copy it again"
-            ) from error
-        well = well_name(path)
+            reason = f"{where}: broken metadata of the well ({error!r}); copy it again"
+            problems.append(Problem(f"{title}-{well}", reason))
+            continue
+        except DataError as error:
+            problems.append(Problem(f"{title}-{well}", str(error)))
+            continue
         spots += [
             _Spot(
                 f"{path}/{site}",
@@ -160,18 +203,19 @@ def _plate(tree: Tree, plate: Attributes) -> list[_Spot]:
             )
             for site in paths
         ]
-    _left_out(lost, "wells that the plate's metadata lists are missing", where)
     if len({spot.name for spot in spots}) < len(spots):
         names = [spot.name for spot in spots]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise DataError(f"{where}: its metadata lists fields twice: {twice[:3]}; list each once")
-    return spots
+        raise DataError(
+            f"{tree.where('')}: its metadata lists fields twice: {twice[:3]}; list each once"
+        )
+    return spots, problems
 
 
-def _check_wells(tree: Tree, wells: Sequence[str]) -> None:
-    """Warn of wells that are on the disk, but not in the plate's metadata."""
+def _unlisted(tree: Tree, wells: Sequence[str]) -> list[Problem]:
+    """Return the wells that are on the disk, but not in the plate's metadata, and warn of them."""
     if not isinstance(tree.root, Path):
-        return
+        return []
     marks = (".zattrs", "zarr.json")
     there = {
         str(well.relative_to(tree.root))
@@ -180,16 +224,14 @@ def _check_wells(tree: Tree, wells: Sequence[str]) -> None:
     }
     rows = {path.split("/")[0] for path in wells}
     unlisted = sorted(path for path in there - set(wells) if path.split("/")[0] in rows)
-    _left_out(unlisted, "wells are not in the plate's metadata", str(tree.root))
-
-
-def _left_out(what: Sequence[str], why: str, where: str) -> None:
-    if what:
+    if unlisted:
         warnings.warn(
-            f"{where}: {len(what)} {why} and are left out: {list(what[:3])}",
+            f"{tree.root}: {len(unlisted)} wells are not in the plate's metadata and are left out: "
+            f"{unlisted[:3]}",
             PhenoseqWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+    return [Problem(path, "a well that is not in the plate's metadata") for path in unlisted]
 
 
 def _same(image: Multiscale, first: Multiscale, *, given: bool) -> None:
@@ -207,40 +249,47 @@ def _same(image: Multiscale, first: Multiscale, *, given: bool) -> None:
             )
 
 
-def _cells(tree: Tree, images: Sequence[tuple[_Spot, Multiscale]], size: float) -> pd.DataFrame:
-    """Return the cells of every field, from its label image."""
-    lists = tree.attributes([f"{image.path}/labels".strip("/") for _, image in images])
+def _cells(
+    tree: Tree, images: Sequence[tuple[_Spot, Multiscale]], size: float
+) -> tuple[pd.DataFrame, list[Problem]]:
+    """Return the cells of every field, from its label image, and the fields that have none."""
+    groups = [f"{image.path}/labels".strip("/") for _, image in images]
+    lists = each_document(tree.attributes, groups)
     chosen: list[tuple[_Spot, Multiscale, str]] = []
-    bare = []
+    parts = [pd.DataFrame({"field": [], "x_centroid": [], "y_centroid": []})]
+    problems = []
     for (spot, image), attributes in zip(images, lists, strict=True):
-        names = list(ngff(attributes or {}).get("labels") or ())
-        if names:
-            where = f"{image.where}/labels"
-            name = inside(_choose(names, where), where)
+        where = f"{image.where}/labels"
+        try:
+            if isinstance(attributes, DataError):
+                raise attributes
+            name = inside(_choose(list(ngff(attributes or {}).get("labels") or ()), where), where)
             chosen.append((spot, image, f"{image.path}/labels/{name}".strip("/")))
-        else:
-            bare.append(image.where)
-    if not chosen:
-        raise DataError(
-            f"{tree.root}: no label images, so nothing says where cells are; write a label image "
-            "of the cells or nuclei under 'labels' of each image"
-        )
-    _left_out(bare, "fields have no label image", str(tree.root))
-    parts = []
+        except DataError as error:
+            problems.append(Problem(spot.name, str(error)))
     opened = open_multiscales(tree, [path for _, _, path in chosen])
-    for (spot, image, path), labels in zip(chosen, opened, strict=True):
-        if labels is None:
-            raise DataError(f"{tree.where(path)}: missing, but its image lists it; copy it again")
-        found = _positions(labels, image, size)
+    for (spot, image, _), labels in zip(chosen, opened, strict=True):
+        try:
+            if isinstance(labels, DataError):
+                raise labels
+            found = _positions(labels, image, size)
+        except DataError as error:
+            problems.append(Problem(spot.name, str(error)))
+            continue
         part = pd.DataFrame(
             {"field": spot.name, "x_centroid": found["x"], "y_centroid": found["y"]}
         ).assign(**spot.metadata)
         part.index = pd.Index([f"{spot.name}-{label}" for label in found.index], dtype=object)
         parts.append(part)
-    return check_cells(pd.concat(parts), str(tree.root))
+    return pd.concat(parts if len(parts) == 1 else parts[1:]), problems
 
 
 def _choose(names: Sequence[str], where: str) -> str:
+    if not names:
+        raise DataError(
+            f"{where}: no label images, so nothing says where cells are; write a label image of "
+            "the cells or nuclei under 'labels' of each image"
+        )
     if len(names) == 1:
         return names[0]
     folded = {str(name).lower(): name for name in names}

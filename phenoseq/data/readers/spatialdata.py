@@ -25,7 +25,7 @@ from phenoseq.data.readers.transformation import to_global
 from phenoseq.data.readers.wkb import centroid
 from phenoseq.data.source import Source, digest_of
 from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.genes import genes_of, without_ensembl
+from phenoseq.genes import genes_of, tell_symbols
 
 #: Least share of the table's cells that must have a shape, label or point.
 MIN_MATCHED = 0.9
@@ -155,8 +155,8 @@ def _path_of(root: Path, element: str) -> str:
 
 def _raster(tree: Tree, path: str) -> Multiscale:
     (image,) = open_multiscales(tree, [path])
-    if image is None:
-        raise DataError(f"{tree.where(path)}: no such element; copy the folder again")
+    if isinstance(image, DataError):
+        raise image
     return image
 
 
@@ -255,14 +255,7 @@ def _read_table(tree: Tree, name: str) -> tuple[str, list[str], sparse.csr_matri
             raise DataError(f"{where}: no feature of the type 'Gene Expression', only {kinds}")
         counts, var = counts[:, genes], var.iloc[genes]
     table = genes_of(var, where)
-    unnamed = without_ensembl(table)
-    if unnamed:
-        warnings.warn(
-            f"{where}: {len(unnamed)} genes have no Ensembl id and go by their symbol: "
-            f"{unnamed[:5]}",
-            PhenoseqWarning,
-            stacklevel=3,
-        )
+    tell_symbols(table, where)
     counts = counts.astype(np.float32)
     counts.sort_indices()
     instances = [_text(i) for i in obs[said["instance_key"]]]

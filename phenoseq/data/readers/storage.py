@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -76,9 +75,8 @@ def read_bytes(place: Place) -> bytes | None:
         raise _unreachable(place, error) from error
 
 
-@contextmanager
-def open_file(place: Place) -> Iterator[IO[bytes]]:
-    """Open a file for reading, its bytes fetched as they are needed.
+def open_url(url: str) -> IO[bytes]:
+    """Open a file behind a URL for reading, its bytes fetched as they are needed.
 
     Raises
     ------
@@ -86,15 +84,15 @@ def open_file(place: Place) -> Iterator[IO[bytes]]:
         Where it is missing, or cannot be read or reached.
     """
     try:
-        file = place.open("rb") if isinstance(place, Path) else _open_url(place)
+        system, path = _filesystem(url)
+        file: IO[bytes] = system.open(path, "rb")
     except FileNotFoundError as error:
-        raise DataError(f"{place}: no such file") from error
+        raise DataError(f"{url}: no such file") from error
     except DataError:
         raise
     except Exception as error:  # each file system has errors of its own
-        raise _unreachable(place, error) from error
-    with file:
-        yield file
+        raise _unreachable(url, error) from error
+    return file
 
 
 class Tree:
@@ -232,12 +230,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
             "'phenoseq[remote]', for others the fsspec package of that scheme"
         ) from error
     return system, str(path)
-
-
-def _open_url(url: str) -> IO[bytes]:
-    system, path = _filesystem(url)
-    file: IO[bytes] = system.open(path, "rb")
-    return file
 
 
 def _unreachable(place: Place, error: Exception) -> DataError:

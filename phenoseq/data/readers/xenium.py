@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import h5py
@@ -15,8 +14,8 @@ from phenoseq.data.readers.cells import read_cells
 from phenoseq.data.readers.counts import align_counts
 from phenoseq.data.readers.ometiff import open_ometiff
 from phenoseq.data.source import Source, digest_of
-from phenoseq.errors import DataError, PhenoseqWarning
-from phenoseq.genes import gene_table, without_ensembl
+from phenoseq.errors import DataError
+from phenoseq.genes import gene_table, tell_symbols
 
 _CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
 _FIELD = "section"
@@ -130,13 +129,6 @@ def _read_counts(path: Path, cells: pd.Index) -> tuple[sparse.csr_matrix, pd.Dat
     if not len(genes):
         raise DataError(f"{path}: no feature of the type 'Gene Expression', only {set(kinds)}")
     var = gene_table(ids[genes], symbols[genes], str(path))
-    unnamed = without_ensembl(var)
-    if unnamed:
-        warnings.warn(
-            f"{path}: {len(unnamed)} genes have no Ensembl id and go by their symbol: "
-            f"{unnamed[:5]}",
-            PhenoseqWarning,
-            stacklevel=3,
-        )
+    tell_symbols(var, str(path))
     by_cell = matrix.T.tocsr()[:, genes].astype(np.float32)
     return align_counts(by_cell, barcodes, cells, str(path)), var

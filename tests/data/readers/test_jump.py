@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import tifffile
 
+from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import find_reader, open_source
 from phenoseq.errors import DataError, PhenoseqWarning
 
-FIELDS = (("a1", "1"), ("a1", "2"), ("B03", "1"))
+FIELDS = (("a1", "1"), ("a1", "2"), ("B03", "1"), ("B03", "2"), ("b4", "1"))
 STAINS = ("DNA", "ER")
-NAMES = ["BR01-A01-s1", "BR01-A01-s2", "BR01-B03-s1"]
+NAMES = [f"BR01-{field}" for field in ("A01-s1", "A01-s2", "B03-s1", "B03-s2", "B04-s1")]
 
 
 @dataclass
@@ -120,8 +121,8 @@ def check(source, fake) -> None:
     found = source.obs[["y_centroid", "x_centroid"]].to_numpy()
     np.testing.assert_allclose(found, 0.6 * fake.centres.reshape(-1, 2))
     assert list(source.obs.index) == [f"{n}-{k}" for n in NAMES for k in range(1, 10)]
-    assert list(source.obs["Metadata_Well"].unique()) == ["A01", "B03"]
-    assert list(source.obs["Metadata_Compound"].unique()) == ["DMSO 0", "DMSO 1", "DMSO 2"]
+    assert list(source.obs["Metadata_Well"].unique()) == ["A01", "B03", "B04"]
+    assert list(source.obs["Metadata_Compound"].unique()) == [f"DMSO {k}" for k in range(5)]
     for k, name in enumerate(NAMES):
         np.testing.assert_array_equal(whole(source, name), fake.pixels[k])
         part = source.fields[name].levels[0].read(17, 95, 30, 111)
@@ -231,39 +232,101 @@ def test_illumination_that_cannot_be_used(gallery, cut_file):
 # ----------------------------------------------------------------------------------------- trouble
 
 
+def problem(folder, field, said):
+    """Return the source, in which one field with its 9 cells is left out, told and recorded."""
+    with pytest.warns(PhenoseqWarning, match=rf"1 of 5 fields cannot be .*9 cells.*\n.*{said}"):
+        source = open_source(folder, pixel_size=0.6)
+    assert list(source.fields) == [name for name in NAMES if name != field]
+    assert set(source.obs["field"]) == set(source.fields)
+    (one,) = source.problems
+    assert (one.where, one.cells) == (field, 9)
+    return source
+
+
 def test_missing_image_of_one_well(gallery):
     fake = gallery()
     fake.file(2, "ER").unlink()
-    with pytest.warns(PhenoseqWarning, match=r"1 fields miss an image .*BR01-B03-s1 .*feld 2 ch1"):
-        source = open_source(fake.path, pixel_size=0.6)
-    assert list(source.fields) == NAMES[:2]
-    assert set(source.obs["field"]) == set(NAMES[:2])
-    shutil.rmtree(fake.path / "images")
-    with pytest.raises(DataError, match=r"no field has all its images; the first misses BR01-A01"):
+    problem(fake.path, NAMES[2], r"BR01-B03-s1: no image .*feld 2 ch1\.tiff; copy it")
+    fake.file(0, "ER").unlink()
+    with pytest.raises(DataError, match="2 of 5 fields cannot be used, more than 20%"):
         open_source(fake.path, pixel_size=0.6)
 
 
+def test_stain_without_a_file(gallery):
+    fake = gallery()
+    names = fake.images["FileName_OrigDNA"].where(fake.images.index != 1, "")
+    fake.rewrite(FileName_OrigDNA=names)
+    problem(fake.path, NAMES[1], r"no image file stated for \['DNA'\]")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
-def test_truncated_image(gallery, cut_file, share):
+@pytest.mark.parametrize("field", [0, 1])
+def test_truncated_image(gallery, cut_file, share, field):
     fake = gallery()
-    cut_file(fake.file(1, "ER"), share)
-    source = open_source(fake.path, pixel_size=0.6)
-    whole(source, NAMES[0])
-    with pytest.raises(DataError, match=r"feld 1 ch1\.tiff: not a readable TIFF .*truncated"):
-        whole(source, NAMES[1])
-    cut_file(fake.file(0, "DNA"), share)
-    with pytest.raises(DataError, match=r"feld 0 ch0\.tiff: not a readable TIFF"):
-        whole(open_source(fake.path, pixel_size=0.6), NAMES[0])
+    cut_file(fake.file(field, "ER"), share)
+    source = problem(fake.path, NAMES[field], rf"feld {field} ch1\.tiff: .*copy it again")
+    np.testing.assert_array_equal(whole(source, NAMES[3]), fake.pixels[3])
 
 
-def test_images_that_differ(gallery):
+def test_image_damaged_inside(gallery):
     fake = gallery()
-    tifffile.imwrite(fake.file(1, "DNA"), np.zeros((120, 151), np.uint16))
-    source = open_source(fake.path, pixel_size=0.6)
-    with pytest.raises(DataError, match=r"feld 1 ch0\.tiff: \(120, 151\) uint16 differs from"):
-        whole(source, NAMES[1])
-    tifffile.imwrite(fake.file(0, "DNA"), np.zeros((120, 150, 3), np.uint8))
-    with pytest.raises(DataError, match=r"feld 0 ch0\.tiff: .*one stain only"):
+    file = fake.file(1, "DNA")
+    with tifffile.TiffFile(file) as tif:
+        start, n = tif.pages[0].dataoffsets[3], tif.pages[0].databytecounts[3]
+    data = bytearray(file.read_bytes())
+    data[start : start + n] = bytes(n)
+    file.write_bytes(data)
+    problem(fake.path, NAMES[1], r"feld 1 ch0\.tiff: its pixels cannot be decoded")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"),
+    [
+        ((120, 151), "uint16", r"\(120, 15\d\) uint16 differs from .*must match"),
+        ((120, 150), "uint8", "differs from .*must match"),
+        ((120, 150, 3), "uint8", "one plane of one stain is expected"),
+    ],
+)
+def test_images_that_differ_within_a_field(gallery, shape, dtype, said):
+    fake = gallery()
+    colour = "rgb" if len(shape) == 3 else "minisblack"
+    tifffile.imwrite(fake.file(0, "DNA"), np.zeros(shape, dtype), photometric=colour)
+    problem(fake.path, NAMES[0], said)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"),
+    [
+        ((120, 151), "uint16", r"is of \(120, 151\) pixels, others of \(120, 150\)"),
+        ((120, 150), "uint8", "pixels are uint8, those of other fields uint16"),
+    ],
+)
+def test_fields_that_differ(gallery, shape, dtype, said):
+    fake = gallery()
+    for stain in STAINS:
+        tifffile.imwrite(fake.file(0, stain), np.zeros(shape, dtype))
+    problem(fake.path, NAMES[0], said)
+
+
+def test_remote_images_that_cannot_be_read(gallery, web, cut_file):
+    """They are not looked at before: what is missing or broken is left out when crops are cut."""
+    fake = gallery("data")
+    fake.rewrite(**{f"PathName_Orig{stain}": f"{web.url}/data/images" for stain in STAINS})
+    cut_file(fake.file(2, "ER"), 0.5)
+    fake.file(0, "DNA").unlink()
+    with pytest.warns(PhenoseqWarning, match=r"1 of 5 fields .*\n.*feld 0 ch0\.tiff: no such file"):
+        source = open_source(fake.path, pixel_size=0.6)  # the first is looked at
+    lost = []
+    batches = iter_crops(source, 0.6, 8, failed=lambda rows, problem: lost.append(problem))
+    assert sum(len(batch.rows) for batch in batches) == 27
+    (one,) = lost
+    assert (one.where, one.cells) == (NAMES[2], 9)
+    assert "feld 2 ch1.tiff: truncated" in one.reason
+    with pytest.raises(DataError, match=r"feld 2 ch1\.tiff: truncated"):
+        list(iter_crops(source, 0.6, 8))
+    for file in (fake.path / "images").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"5 of 5 fields cannot be used"):
         open_source(fake.path, pixel_size=0.6)
 
 
@@ -305,14 +368,13 @@ def test_loop_of_links(gallery):
     file.unlink()
     file.symlink_to(file)
     (fake.path / "loop").symlink_to(fake.path)
-    with pytest.warns(PhenoseqWarning, match="1 fields miss an image"):
-        assert len(open_source(fake.path, pixel_size=0.6).fields) == 2
+    problem(fake.path, NAMES[2], "no image")
 
 
 def test_lists_that_cannot_be_used(gallery):
     fake = gallery()
     for columns, said in (
-        ({"Metadata_Well": ["A01", "", "A03"]}, "row 3 has no Metadata_Well"),
+        ({"Metadata_Well": ["A01", "", "A03", "A04", "A05"]}, "row 3 has no Metadata_Well"),
         ({"Metadata_Site": "1", "Metadata_Well": "a01"}, r"lists fields twice: \['BR01-A01-s1'\]"),
     ):
         fake.rewrite(**columns)
@@ -335,9 +397,12 @@ def test_no_positions(gallery):
 
 def test_nuclei_of_other_wells(gallery):
     fake = gallery()
-    fake.rewrite(Metadata_Site=["1", "2", "9"])
-    with pytest.warns(PhenoseqWarning, match=r"9 of 27 nuclei are of fields .*BR01-B03-s1"):
-        assert len(open_source(fake.path, pixel_size=0.6).obs) == 18
+    fake.rewrite(Metadata_Site=["1", "2", "9", "2", "1"])
+    with pytest.warns(PhenoseqWarning, match=r"9 of 45 nuclei are of fields .*BR01-B03-s1"):
+        source = open_source(fake.path, pixel_size=0.6)
+    assert len(source.obs) == 36
+    (one,) = source.problems
+    assert (one.where, one.reason, one.cells) == (NAMES[2], "load_data.csv does not list it", 9)
     fake.rewrite(Metadata_Plate="BR02")
     with pytest.raises(DataError, match=r"no nucleus is of a field .*BR01-A01-s1.*one plate\?"):
         open_source(fake.path, pixel_size=0.6)
@@ -348,7 +413,7 @@ def test_tables_of_nuclei_that_cannot_be_used(gallery):
     table = pd.read_csv(fake.path / "Nuclei.csv")
     for change, said in (
         (pd.concat([table, table.iloc[:1]]), r"1 cell ids stand there twice.*BR01-A01-s1-1'"),
-        (table.assign(Location_Center_X=np.nan), "27 cells have no position"),
+        (table.assign(Location_Center_X=np.nan), "45 cells have no position"),
         (table.drop(columns="Location_Center_X"), "no column .*Location_Center_X"),
         (table.drop(columns="ImageNumber"), "does not say which image"),
     ):

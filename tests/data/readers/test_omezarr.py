@@ -264,11 +264,71 @@ def test_choice_among_label_images(image, fake):
     np.testing.assert_allclose(positions(open_source(path)), 0.5 * centres)
 
 
-def test_field_without_label_image_is_told(tmp_path, fake):
-    fake.plate(tmp_path / "p.zarr")
-    shutil.rmtree(tmp_path / "p.zarr/B/02/1/labels")
-    with pytest.warns(PhenoseqWarning, match=r"1 fields have no label image .*B/02/1"):
-        assert len(open_source(tmp_path / "p.zarr").obs) == 27
+def problem(plate, field, said):
+    """Return the source, of which one of six fields is left out, told and recorded."""
+    with pytest.warns(PhenoseqWarning, match=rf"1 of 6 fields cannot be used.*\n.*{said}"):
+        source = open_source(plate)
+    assert len(source.fields) == 5
+    assert field not in source.fields
+    assert set(source.obs["field"]) == set(source.fields)
+    assert [one.where for one in source.problems] == [field]
+    return source
+
+
+@pytest.fixture
+def plate(tmp_path, fake):
+    """Give a plate of six fields."""
+    fake.plate(tmp_path / "p.zarr", wells=("A/1", "A/2", "B/3"))
+    return tmp_path / "p.zarr"
+
+
+def test_field_without_label_image(plate):
+    shutil.rmtree(plate / "A/2/1/labels")
+    problem(plate, "plate 1-A02-s1", "A/2/1/labels: no label images")
+
+
+def test_field_that_is_missing(plate):
+    shutil.rmtree(plate / "A/1/0")
+    problem(plate, "plate 1-A01-s0", "A/1/0: missing, but metadata lists it")
+
+
+@pytest.mark.parametrize("file", [".zattrs", "0/.zarray", "labels/.zattrs", "labels/cells/.zattrs"])
+@pytest.mark.parametrize("field", ["A/1/0", "B/3/0"])
+def test_broken_metadata_of_one_field(plate, cut_file, file, field):
+    cut_file(plate / field / file, 0.5)
+    name = f"plate 1-{field[0]}0{field[2]}-s0"
+    problem(plate, name, rf"{field}.*: not JSON .*truncated")
+
+
+def test_truncated_labels_of_one_field(plate, cut_file):
+    cut_file(plate / "B/3/1/labels/cells/0/1/1", 0.5)
+    problem(plate, "plate 1-B03-s1", "pixels at rows .*truncated: copy it")
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_well_that_cannot_be_used(tmp_path, fake, cut_file, damage):
+    path = tmp_path / "p.zarr"
+    fake.plate(path, wells=("A/1", "A/2", "A/3"))
+    if damage == "missing":
+        shutil.rmtree(path / "A/3")
+    else:
+        fake.edit(document(path / "A/3"), lambda a: a["well"].pop("images"))
+    with pytest.warns(PhenoseqWarning, match=r"1 of 5 fields cannot be used.*\n.*A/3: .*copy it"):
+        source = open_source(path)
+    assert len(source.fields) == 4
+    assert [one.where for one in source.problems] == ["plate 1-A03"]
+
+
+def test_opening_a_plate_behind_a_url_downloads_no_image(plate, web):
+    """Metadata and labels are fetched; then of an image only what is read."""
+    source = open_source(f"{web.url}/p.zarr")
+    chunks = [p for _, p in web.paths if p.rsplit("/", 1)[1].isdigit()]
+    assert chunks
+    assert all("/labels/" in path for path in chunks)
+    web.paths.clear()
+    source.fields["plate 1-A02-s0"].levels[0].read(0, 120, 0, 150)
+    assert web.paths
+    assert all(path.startswith("/p.zarr/A/2/0/0/") for _, path in web.paths)
 
 
 def test_memory_does_not_grow_with_the_label_image(tmp_path, fake):
@@ -329,36 +389,22 @@ def test_level_that_is_missing(image):
         open_source(path)
 
 
-def test_wells_missing_here_and_there(tmp_path, fake):
-    """A well on the disk that no metadata lists, one listed that is not there, and a lost field."""
-    plate = tmp_path / "p.zarr"
-    fake.plate(plate, wells=("A/1", "A/2", "A/3"))
-
-    def forget(attributes):
-        wells = attributes["plate"]["wells"]
-        wells[:] = [wells[0], wells[1], {"path": "A/9"}]
-
-    fake.edit(document(plate), forget)
-    shutil.rmtree(plate / "A/2/1")
-    with pytest.warns(PhenoseqWarning) as caught:
+def test_wells_that_the_metadata_does_not_list(plate, fake):
+    fake.edit(document(plate), lambda attributes: attributes["plate"]["wells"].pop(1))
+    with pytest.warns(PhenoseqWarning, match=r"1 wells are not in the plate's metadata .*'A/2'"):
         source = open_source(plate)
-    said = [str(one.message) for one in caught]
-    assert any("1 wells are not in the plate's metadata" in s and "'A/3'" in s for s in said)
-    assert any("1 wells that the plate's metadata lists are missing" in s for s in said)
-    assert any("A/9" in s for s in said)
-    assert any("1 fields that the metadata lists are missing" in s and "A/2/1" in s for s in said)
-    assert list(source.fields) == ["plate 1-A01-s0", "plate 1-A01-s1", "plate 1-A02-s0"]
+    assert {field[:11] for field in source.fields} == {"plate 1-A01", "plate 1-B03"}
+    assert [one.where for one in source.problems] == ["A/2"]
 
 
-def test_plate_without_any_field(tmp_path, fake):
-    fake.plate(tmp_path / "p.zarr", wells=("A/1",))
-    shutil.rmtree(tmp_path / "p.zarr/A/1/0")
-    shutil.rmtree(tmp_path / "p.zarr/A/1/1")
-    with (
-        pytest.warns(PhenoseqWarning, match="2 fields"),
-        pytest.raises(DataError, match="none of the fields that its metadata lists is there"),
-    ):
-        open_source(tmp_path / "p.zarr")
+def test_plate_without_any_field(plate, fake):
+    for field in plate.glob("*/*/*/"):
+        shutil.rmtree(field)
+    with pytest.raises(DataError, match=r"6 of 6 fields cannot be used, more than 20%"):
+        open_source(plate)
+    fake.edit(document(plate), lambda attributes: attributes["plate"]["wells"].clear())
+    with pytest.raises(DataError, match=r"p\.zarr: no cells in it"):
+        open_source(plate)
 
 
 def test_one_well_by_two_names(tmp_path, fake):
@@ -404,9 +450,7 @@ def test_loops_of_links(tmp_path, fake, image):
         check_plate(open_source(plate), centres)
 
 
-def test_fields_that_differ(tmp_path, fake):
-    plate = tmp_path / "p.zarr"
-    fake.plate(plate, wells=("A/1",))
+def test_fields_that_differ(plate, fake):
     pixels, masks, _ = fake.field(3)
     changes = {
         r"channels, \('DNA', 'RNA', 'Mito'\)": {"names": ("DAPI", "RNA", "Mito")},
@@ -417,9 +461,8 @@ def test_fields_that_differ(tmp_path, fake):
         shutil.rmtree(plate / "A/1/1")
         fake.multiscale(plate / "A/1/1", **{"pixels": pixels, **change})
         fake.labels(plate / "A/1/1", masks, version="0.4")
-        with pytest.raises(DataError, match=rf"A/1/1: its {said}.*differs from.*A/1/0"):
-            open_source(plate)
-    assert open_source(plate, pixel_size=0.4).pixel_size == 0.4
+        problem(plate, "plate 1-A01-s1", rf"A/1/1: its {said}.*differs from.*A/1/0")
+    assert len(open_source(plate, pixel_size=0.4).fields) == 6
 
 
 def test_channels_without_names(image):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 
 import h5py
@@ -12,11 +13,13 @@ import pandas as pd
 import pytest
 import tifffile
 
+from phenoseq.cli import main
 from phenoseq.data.backed import Cells
 from phenoseq.data.crops import iter_crops
 from phenoseq.data.readers import find_reader, open_source
 from phenoseq.data.readers.pandashdf import read_pandas_hdf
-from phenoseq.data.readers.scgenescope import CHANNELS, PROTOCOL, detect, read_scgenescope
+from phenoseq.data.readers.scgenescope import CHANNELS, PROTOCOL, detect
+from phenoseq.data.samplestore import SampleStore
 from phenoseq.data.samplewriter import RnaConfig, write_sample_store
 from phenoseq.errors import DataError
 
@@ -149,16 +152,120 @@ def test_crops_become_a_store(folder, rna):
     np.testing.assert_array_equal(store.images.read(0, 20)[:, 0, 5, 5], cells % 10)
 
 
-def test_cells_without_a_manifest_row(folder):
-    wanted = pd.Index(["c3", "lost", "c15"])
-    with pytest.warns(UserWarning, match=r"1 of 3 cells have no row and are left out.*'lost'"):
-        source = read_scgenescope(folder, pixel_size=0.5, cells=wanted)
-    assert list(source.obs.index) == ["c3", "c15"]
-    with (
-        pytest.raises(DataError, match="none of the cells wanted"),
-        pytest.warns(UserWarning, match="1 of 1 cells have no row"),
-    ):
-        read_scgenescope(folder, pixel_size=0.5, cells=pd.Index(["lost"]))
+def zip_again(path, change):
+    """Write a zip file again, each file as ``change(name, content)`` says."""
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, raw in content.items():
+            name, raw = change(name, raw)
+            if raw is not None:
+                archive.writestr(name, raw)
+
+
+@pytest.fixture
+def prepare(folder, write, rna):
+    """Give a function that runs ``phenoseq prepare`` on the crops, with RNA of the same samples."""
+    other = write(rna(replicates="34"), "other/rna")
+
+    def run(*options):
+        sample = ["--pair-by", "sample", "--sample-columns", "Treatment,Replicate"]
+        size = ["--pixel-size", "0.5", "--crop-pixel-size", "0.5", "--crop-px", str(SIDE)]
+        command = ["prepare", str(folder), str(folder / "s.zarr"), *sample, *size]
+        return main([*command, "--rna", str(other), *options])
+
+    return run
+
+
+def test_broken_crops_are_left_out_told_and_listed(folder, prepare, capsys):
+    """One is cut off, one is no TIFF, and one is missing; the other 17 cells are all there."""
+    broken = {"plate2/ER/13.tif": 60, "plate2/DNA/17.tif": 3}
+    zip_again(folder / "plate2.zip", lambda name, raw: (name, raw[: broken.get(name, len(raw))]))
+    zip_again(folder / "plate1.zip", lambda name, raw: (name, None if name == "AGP/4.tif" else raw))
+    assert prepare() == 0
+    out = capsys.readouterr()
+    assert "images left out, image that cannot be read: 3" in out.out
+    assert "left out, c13 (1 cells): plate2/ER/13.tif: not a readable TIFF" in out.out
+    assert "left out, c4 (1 cells): plate1/AGP/4.tif: in none of the zip files" in out.out
+    assert "3 images cannot be read; 3 of 20 cells are left out" in out.err
+    store = SampleStore(folder / "s.zarr")
+    assert [p["where"] for p in store.manifest.problems] == ["c4", "c13", "c17"]
+    obs = store.image_obs()
+    assert sorted(obs.index) == sorted({f"c{i}" for i in range(20)} - {"c4", "c13", "c17"})
+    numbers = obs.index.str[1:].astype(int)
+    np.testing.assert_array_equal(store.images.read(0, 17)[:, 0, 5, 5], numbers % 10)
+    names = store.samples.index[
+        np.repeat(np.arange(4), store.samples.eval("image_stop-image_start"))
+    ]
+    assert names.tolist() == obs["sample_key"].tolist()
+
+
+def test_too_many_broken_crops_stop_it(folder, prepare, capsys):
+    zip_again(folder / "plate2.zip", lambda name, raw: (name, raw[:9] if "RNA" in name else raw))
+    assert prepare() == 1
+    err = capsys.readouterr().err
+    assert "the images of 5 of 20 cells so far cannot be read, more than 20%" in err
+    assert not (folder / "s.zarr").exists()
+    assert not list(folder.glob(".s.zarr*"))
+
+
+def test_cells_are_chosen_and_described_by_another_table(folder, prepare, write, features, capsys):
+    """The obs of the features: 15 of the 20 cells, their sample, and a cell that has no crop."""
+    table = features(16)
+    table.obs.index = [*(f"c{i}" for i in range(15)), "lost"]
+    table.obs = table.obs.assign(Treatment="drugB", Replicate="4", Sample_ID="S9")
+    assert prepare("--metadata", str(write(table, "features/round_1"))) == 0
+    out = capsys.readouterr()
+    assert "does not tell of 5 cells, such as ['c15', 'c16', 'c17']" in out.err
+    assert "1 of 16 cells are not in" in out.err
+    store = SampleStore(folder / "s.zarr")
+    assert set(store.image_obs()["Sample_ID"]) == {"S9"}
+    assert store.samples.index.tolist() == ["drugB|4"]
+    assert sorted(store.image_obs().index) == sorted(f"c{i}" for i in range(15))
+    assert store.manifest.problems[0]["cells"] == 5
+
+
+def test_manifest_in_place_of_its_folder(folder):
+    file = folder / "manifest.h5"
+    assert find_reader(file)[0].name == "scgenescope"
+    assert len(open_source(file, pixel_size=0.5).fields) == 20
+
+
+def test_zip_files_of_one_name_are_told_apart_by_their_folder(folder):
+    """Each plate.zip has files of the same names; the manifest's paths start with its folder."""
+
+    def renamed(name):
+        return re.sub(r"(plate2/)?(\w+)/1?(\d)\.tif", r"\2/\3.tif", name)
+
+    for plate in (1, 2):
+        (folder / f"plate{plate}").mkdir()
+        zip_again(folder / f"plate{plate}.zip", lambda name, raw: (renamed(name), raw))
+        (folder / f"plate{plate}.zip").rename(folder / f"plate{plate}" / "plate.zip")
+    table = read_pandas_hdf(folder / "manifest.h5", "manifest")
+    paths = [f"path-{name}" for name in CHANNELS]
+    plates = table[paths[0]].str[:7]
+    table[paths] = table[paths].map(lambda path: renamed(path.removeprefix("plate1/")))
+    write_fixed(folder / "manifest.h5", table.assign(**{p: plates + table[p] for p in paths}))
+    fields = open_source(folder, pixel_size=0.5).fields
+    seen = [fields[f"c{cell}"].levels[0].read(5, 6, 5, 6)[0] for cell in range(20)]
+    assert np.ravel(seen).tolist() == [*range(10), *range(10)]
+    assert fields["c13"].levels[0].read.archive._find("plate2/DNA/3.tif")[0].parent.name == "plate2"
+    write_fixed(folder / "manifest.h5", table)
+    with pytest.raises(DataError, match=r"DNA/0\.tif: stands in .*plate1.* and in .*plate2"):
+        open_source(folder, pixel_size=0.5)
+
+
+def test_nothing_is_written_outside_by_a_zip_that_climbs(folder, prepare, tmp_path_factory):
+    """Names inside the zip file climb out of it; they are read by name or not at all."""
+    (folder / "loop").symlink_to(folder)
+    (folder / "loop.zip").symlink_to(folder / "loop.zip")
+    before = set(folder.parent.rglob("*"))
+    with zipfile.ZipFile(folder / "plate1.zip", "a") as archive:
+        archive.writestr("../../escaped.tif", b"harm")
+        archive.writestr("/tmp/escaped-phenoseq.tif", b"harm")
+    assert prepare() == 0
+    new = {p.relative_to(folder).parts[0] for p in set(folder.parent.rglob("*")) - before}
+    assert new == {"s.zarr"}
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/../../b", "C:\\x", "..\\x"])

@@ -1,0 +1,266 @@
+"""The report in a real browser: it loads offline, searches, redraws, and fits a phone."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import aiohttp
+import numpy as np
+import pytest
+
+from phenoseq.evaluation import page
+from phenoseq.evaluation.compare import compare
+from phenoseq.evaluation.page import write_page
+from phenoseq.evaluation.tables import open_baselines, open_prediction, open_truth
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class FakeStore:
+    """Has a crop for every cell."""
+
+    def __init__(self, obs):
+        self._obs = obs
+        self.manifest = type("Manifest", (), {"channels": ("DNA", "ER", "RNA", "Mito")})()
+
+    def obs(self):
+        return self._obs
+
+    def take(self, rows):
+        return np.random.default_rng(0).integers(0, 900, (len(rows), 4, 16, 16), dtype=np.uint16)
+
+
+@pytest.fixture(scope="module")
+def report(cells, tmp_path_factory):
+    """A report of a model whose name and genes would break a careless page."""
+    cells = {name: table.copy() for name, table in cells.items()}
+    cells["truth"].var["symbol"] = [
+        "</script><b>X",
+        "ACTB",
+        "actg1",
+        "CD3E",
+        "G$1",
+        "É",
+        "G7",
+        "G8",
+    ]
+    truth = open_truth(cells["truth"], cells["baselines"])
+    model = open_prediction(cells["model"], truth, "<i>my</i> model")
+    everything = [model, *open_baselines(cells["baselines"], truth)]
+    scores, results = compare(truth, everything, n_resamples=50)
+    facts = {
+        "n_cells": 297,
+        "n_groups": 6,
+        "n_genes": 7,
+        "model": "<i>my</i> model",
+        "x": float("nan"),
+    }
+    facts["calibration"] = {r.name: vars(r.calibration) for r in results if r.calibration}
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    patch = pytest.MonkeyPatch()
+    patch.setitem(sys.modules, "umap", None)  # as where it is not installed
+    write_page(path, truth, model, scores, results, facts, FakeStore(cells["truth"].obs))
+    patch.undo()
+    return path
+
+
+def test_one_file_that_asks_for_nothing(report):
+    text = report.read_text()
+    assert len(text.encode()) < 10_000_000
+    own = text.replace(page.get_plotlyjs(), "")
+    for outside in ("http://", "https://", 'src="//', "@import", "url("):
+        assert outside not in own, outside
+    assert "<b>X" not in own
+    assert sorted(p.name for p in report.parent.iterdir()) == ["report.html"]
+
+
+def test_umap_where_it_is_installed(monkeypatch):
+    class Fake:
+        def __init__(self, **how):
+            assert how["random_state"] == 3
+
+        def fit_transform(self, x):
+            return x[:, 1::-1] * 2
+
+    monkeypatch.setitem(sys.modules, "umap", type("umap", (), {"UMAP": Fake}))
+    true, draw = np.random.default_rng(0).random((2, 30, 5)).astype(np.float32)
+    assert page._embedding(true, draw, 3)["how"] == "UMAP"
+    monkeypatch.setitem(sys.modules, "umap", None)
+    placed = page._embedding(true, draw, 3)
+    assert placed["how"] == "PCA"
+    assert np.shape(placed["true"]) == np.shape(placed["draw"]) == (2, 30)
+
+
+def test_packed_values_come_back():
+    values = np.array([[0.0, 2.0], [1.0, 4.0]], dtype=np.float32)
+    packed = page._packed(values)
+    steps = np.frombuffer(base64.b64decode(packed["bytes"]), np.uint8).reshape(2, 2)
+    np.testing.assert_allclose(steps.T / 255 * packed["top"], values, atol=0.01)
+
+
+# ------------------------------------------------------------------------------------- in a browser
+
+
+class Browser:
+    """Drives headless Chromium by its DevTools protocol."""
+
+    def __init__(self, socket):
+        self.socket, self.number, self.problems = socket, 0, []
+
+    async def call(self, method, **params):
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": params})
+        while True:
+            message = json.loads((await self.socket.receive(timeout=60)).data)
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.problems.append(message["params"])
+            if message.get("method") == "Log.entryAdded":
+                self.problems.append(message["params"]["entry"]["text"])
+            if message.get("method") == "Runtime.consoleAPICalled":
+                self.problems.append(message["params"])
+            if message.get("method") == "Network.requestWillBeSent":
+                url = message["params"]["request"]["url"]
+                if not url.startswith(("file:", "data:", "blob:")):
+                    self.problems.append(url)
+            if message.get("id") == self.number:
+                return message["result"]
+
+    async def run(self, script):
+        found = await self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def until(self, script):
+        for _ in range(300):
+            if await self.run(script):
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"never true: {script}")
+
+    async def press(self, key, code, **more):
+        how = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        await self.call("Input.dispatchKeyEvent", type="keyDown", **how, **more)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **how)
+
+    async def wide(self, width):
+        await self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        await asyncio.sleep(0.5)
+
+
+@pytest.fixture
+def browse(report, tmp_path):
+    """Give a function that opens the report and lets a coroutine drive it."""
+    if BROWSER is None:
+        pytest.skip("no Chromium here: the report is not driven in a browser")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update --remote-debugging-port=0"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "about:blank"],
+            stderr=log, stdout=log,
+        )  # fmt: skip
+    port = tmp_path / "profile" / "DevToolsActivePort"
+    end = time.monotonic() + 60
+    while not (port.exists() and "\n" in port.read_text()):
+        assert time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+
+    async def drive(steps):
+        root = f"http://127.0.0.1:{port.read_text().split()[0]}"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{root}/json") as answer:
+                pages = await answer.json()
+            target = next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"]
+            async with session.ws_connect(target, max_msg_size=0) as socket:
+                browser = Browser(socket)
+                for domain in ("Page", "Runtime", "Log", "Network"):
+                    await browser.call(f"{domain}.enable")
+                await browser.wide(1280)
+                await browser.call("Page.navigate", url=report.as_uri())
+                await browser.until("document.body && document.body.dataset.ready === 'yes'")
+                await steps(browser)
+                assert browser.problems == []
+
+    yield lambda steps: asyncio.run(drive(steps))
+    process.terminate()
+    process.wait(30)
+
+
+def test_in_a_browser(browse):
+    """One visit, since starting a browser takes longest."""
+
+    async def steps(browser):
+        assert await browser.run("document.title") == "<i>my</i> model: evaluation"
+        plots = await browser.run("document.querySelectorAll('.plot .main-svg').length")
+        assert plots >= 7
+        rows = "document.querySelectorAll('#score-table tbody tr').length"
+        assert await browser.run(rows) == 3
+        # the search filters, whatever the case
+        names = (
+            "[...document.querySelectorAll('#gene-table tbody td:first-child')]"
+            ".map(x => x.textContent)"
+        )
+        assert len(await browser.run(names)) == 7
+        await browser.run("document.getElementById('search').focus()")
+        await browser.call("Input.insertText", text="act")
+        assert sorted(await browser.run(names)) == ["ACTB", "actg1"]
+        assert "2 of 7 genes" in await browser.run("document.getElementById('found').textContent")
+        # by keyboard alone: past the table's frame to the second gene, whose choice redraws
+        title = "document.querySelector('#scatter .gtitle').textContent"
+        drawn = "document.querySelector('#scatter').data[0].y.join()"
+        before = await browser.run(drawn)
+        second = (await browser.run(names))[1]
+        for _ in range(3):
+            await browser.press("Tab", 9)
+        assert await browser.run("document.activeElement.tagName") == "BUTTON"
+        assert await browser.run("document.activeElement.textContent") == second
+        await browser.press("Enter", 13, text="\r")
+        await browser.until(f"{title} === {json.dumps(second)}")
+        assert await browser.run(drawn) != before
+        # the list does the same
+        await browser.run(
+            "(() => { const c = document.getElementById('choice'); c.selectedIndex = 6;"
+            "c.dispatchEvent(new Event('change')); })()"
+        )
+        chosen = await browser.run(
+            "document.getElementById('choice').selectedOptions[0].textContent"
+        )
+        await browser.until(f"{title} === {json.dumps(chosen)}")
+        # every control can be reached, has a name, and every picture says what it is
+        bare = (
+            "[...document.querySelectorAll('input, select, button, a, [role=img], img')]"
+            ".filter(x => !(x.textContent.trim() || x.ariaLabel || x.alt"
+            " || x.labels && x.labels.length)).length"
+        )
+        assert await browser.run(bare) == 0
+        assert await browser.run("document.querySelectorAll('[tabindex=\"-1\"]').length") == 0
+        assert await browser.run("document.querySelectorAll('#cards img').length") == 12
+        # readable at both widths: nothing sticks out of the window, text is not tiny
+        for width in (1280, 400):
+            await browser.wide(width)
+            await browser.until(
+                "document.querySelector('#scatter .main-svg').clientWidth < innerWidth"
+            )
+            assert await browser.run("document.documentElement.scrollWidth") <= width
+            size = await browser.run("parseFloat(getComputedStyle(document.body).fontSize)")
+            assert size >= 16
+            small = await browser.run("document.querySelector('#scatter .main-svg').clientWidth")
+            assert small >= 300
+
+    browse(steps)

@@ -1,0 +1,189 @@
+"""Screens: known effects are found, nothing is found where there is nothing, wells are the unit."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from phenoseq.cli import main
+from phenoseq.errors import DataError
+from phenoseq.evaluation.genesets import read_gene_sets, score_gene_sets
+from phenoseq.evaluation.screen import screen
+from phenoseq.evaluation.wells import normalise_plates, well_profiles
+
+GENES = 60
+
+
+def plates(effects, seed, *, wells=2, controls=12, n_plates=2, cells=15, noise=0.3):
+    """Cells of a screen: five programs of genes, effects of well and plate, treatments."""
+    rng = np.random.default_rng(seed)
+    programs = np.random.default_rng(99).standard_normal((5, GENES))
+    values, obs = [], []
+    for p in range(n_plates):
+        plate = 0.5 * rng.standard_normal(GENES)
+        for t, effect in enumerate([0.0, *effects]):
+            shift = effect * np.random.default_rng(t).standard_normal(5)
+            for w in range(controls if t == 0 else wells):
+                mean = (shift + 0.1 * rng.standard_normal(5)) @ programs + plate
+                state = rng.standard_normal((cells, 5)) @ programs
+                values.append(mean + 0.5 * state + noise * rng.standard_normal((cells, GENES)))
+                name = "DMSO" if t == 0 else f"drug{t}"
+                obs += [(f"p{p}", f"{t}-{w}", name, 1.0)] * cells
+    columns = ["Metadata_Plate", "Metadata_Well", "Metadata_Treatment", "ood_score"]
+    table = pd.DataFrame(obs, columns=columns, index=[f"c{i}" for i in range(len(obs))])
+    var = pd.DataFrame(
+        {"symbol": [f"G{i}" for i in range(GENES)]}, [f"id{i}" for i in range(GENES)]
+    )
+    return ad.AnnData(np.concatenate(values).astype(np.float32), obs=table, var=var)
+
+
+@pytest.mark.parametrize("normalise", ["none", "standardise", "sphere"])
+def test_active_treatments_come_first(normalise):
+    effects = [1.0] * 10 + [0.0] * 10
+    result = screen(plates(effects, 0), control="DMSO", normalise=normalise, permutations=500)
+    active = [int(name.removeprefix("drug")) <= 10 for name in result.ranking.index]
+    rank = -np.arange(len(active))
+    assert roc_auc_score(active, rank) >= 0.95
+    assert result.ranking["activity"].iloc[0] > 5
+    assert (result.ranking["q"][active] < 0.05).all()
+
+
+def test_nothing_is_called_where_nothing_happens():
+    called, genes, p = 0, 0, []
+    for seed in range(12):
+        result = screen(plates([0.0] * 12, seed), control="DMSO", permutations=300)
+        called += int((result.ranking["q"] < 0.05).any())
+        genes += int((result.changes.layers["q"] < 0.05).any())
+        p += result.ranking["p"].tolist()
+    assert called <= 3  # of 12 screens, of which a twentieth may
+    assert genes <= 3
+    assert 0.3 < np.mean(p) < 0.7
+
+
+def test_change_and_interval_against_students_t():
+    """One plate, one treatment: the fit is the two-sample t-test of well means."""
+    adata = plates([1.0], 3, wells=5, controls=6, n_plates=1)
+    result = screen(adata, control="DMSO", permutations=100)
+    wells = well_profiles(adata, "Metadata_Treatment")
+    own = wells.obs["Metadata_Treatment"] == "drug1"
+    test = stats.ttest_ind(wells.X[own], wells.X[~own])
+    np.testing.assert_allclose(result.changes.layers["t"][0], test.statistic, rtol=1e-4)
+    np.testing.assert_allclose(result.changes.layers["p"][0], test.pvalue, rtol=1e-3, atol=1e-12)
+    interval = test.confidence_interval(0.95)
+    np.testing.assert_allclose(result.changes.layers["lower"][0], interval.low, rtol=1e-4)
+    np.testing.assert_allclose(result.changes.layers["upper"][0], interval.high, rtol=1e-4)
+
+
+def test_more_cells_of_a_well_are_no_more_wells():
+    few, many = (
+        screen(plates([0.5], 4, cells=c, wells=3), control="DMSO", permutations=50)
+        for c in (10, 400)
+    )
+    assert few.changes.uns["screen"] == many.changes.uns["screen"]
+    ratio = np.median(
+        (many.changes.layers["upper"] - many.changes.layers["lower"])
+        / (few.changes.layers["upper"] - few.changes.layers["lower"])
+    )
+    assert ratio > 0.3  # by cells it would be 0.16; the spread between wells stays
+
+
+def test_files_of_any_size_give_the_same(tmp_path):
+    adata = plates([1.0, 0.0], 5)
+    path = tmp_path / "prediction.h5ad"
+    adata.write_h5ad(path)
+    ours, theirs = (screen(x, control="DMSO", permutations=50) for x in (adata, path))
+    pd.testing.assert_frame_equal(ours.ranking, theirs.ranking)
+
+
+def test_strange_wells_are_set_apart():
+    adata = plates([1.0, 0.0], 6)
+    strange = (adata.obs["Metadata_Well"] == "1-0").to_numpy()
+    adata.obs.loc[strange, "ood_score"] = 9.0
+    adata.X[strange] = 50.0
+    result = screen(adata, control="DMSO", permutations=50)
+    assert result.changes.uns["screen"]["wells_set_apart"] == ["p0/1-0", "p1/1-0"]
+    assert result.wells.obs["set_apart"].sum() == 2
+    assert abs(result.changes.X).max() < 10
+
+
+def test_plates_are_brought_onto_the_scale_of_their_controls():
+    adata = plates([1.0], 7, controls=40, n_plates=2)
+    wells = well_profiles(adata, "Metadata_Treatment")
+    control = wells.obs["Metadata_Treatment"].to_numpy() == "DMSO"
+    for how, unit in (("standardise", False), ("sphere", True)):
+        values = normalise_plates(wells, "Metadata_Treatment", "DMSO", how)
+        for plate in ("p0", "p1"):
+            known = values[control & (wells.obs["Metadata_Plate"] == plate).to_numpy()]
+            np.testing.assert_allclose(known.mean(axis=0), 0, atol=1e-9)
+            assert known.std(axis=0, ddof=1).max() < 1.01
+            if unit:
+                off = np.cov(known.T) - np.diag(np.var(known.T, axis=1, ddof=1))
+                assert np.abs(off).max() < 0.9
+    few = wells[~control | (wells.obs["Metadata_Plate"] == "p0").to_numpy()]
+    with pytest.raises(DataError, match="plate p1: 0 wells of 'DMSO'"):
+        normalise_plates(few, "Metadata_Treatment", "DMSO", "standardise")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: a.obs.drop(columns="Metadata_Well"), "no column 'Metadata_Well'"),
+        (lambda a: a.obs.assign(Metadata_Treatment="drug1"), "no well of 'DMSO'"),
+        (lambda a: a.obs.assign(Metadata_Well="w"), "more than one Metadata_Treatment"),
+    ],
+)
+def test_what_is_missing_is_said(change, said):
+    adata = plates([1.0], 8)
+    adata.obs = change(adata)
+    with pytest.raises(DataError, match=said):
+        screen(adata, control="DMSO")
+
+
+def test_a_treatment_of_one_well_is_told_and_not_scored():
+    adata = plates([1.0, 1.0], 9, n_plates=1)
+    lone = (adata.obs["Metadata_Well"] == "2-1").to_numpy()
+    result = screen(adata[~lone].copy(), control="DMSO", permutations=50)
+    assert list(result.ranking.index) == ["drug1"]
+    assert result.changes.uns["screen"]["treatments_of_one_well"] == ["drug2"]
+
+
+def test_gene_sets_move_with_their_genes(tmp_path):
+    pytest.importorskip("decoupler")
+    result = screen(plates([1.0, 0.0], 10), control="DMSO", permutations=50)
+    order = np.argsort(result.changes.layers["t"][0])
+    symbols = result.changes.var["symbol"].to_numpy()
+    up, few = symbols[order[-12:]], symbols[:3]
+    path = tmp_path / "sets.gmt"
+    path.write_text(f"UP\tabout\t{chr(9).join(up)}\nFEW\tabout\t{chr(9).join(few)}\n")
+    score_gene_sets(result.changes, read_gene_sets(path), path)
+    assert list(result.changes.obsm["sets"].columns) == ["UP"]
+    t = result.changes.layers["t"][0]
+    slope = stats.linregress(np.isin(symbols, up).astype(float), t)
+    score = result.changes.obsm["sets"].loc["drug1", "UP"]
+    np.testing.assert_allclose(score, slope.slope / slope.stderr, rtol=1e-3)
+    assert result.changes.obsm["sets_q"].loc["drug1", "UP"] < 0.01
+    with pytest.raises(DataError, match="no such file"):
+        read_gene_sets(tmp_path / "absent.gmt")
+
+
+def test_hallmark_and_progeny_files_are_read(shared_data):
+    for name in ("h.all.v7.0.symbols.gmt", "progeny_human_top100.csv"):
+        table = read_gene_sets(shared_data / "genesets" / name)
+        assert table["source"].nunique() in (50, 14)
+
+
+def test_command(tmp_path, capsys):
+    pytest.importorskip("copairs")
+    plates([1.0, 0.0], 11, wells=3).write_h5ad(tmp_path / "p.h5ad")
+    out = tmp_path / "out"
+    command = ["screen", str(tmp_path / "p.h5ad"), "--control", "DMSO", "--replicates"]
+    assert main([*command, "-o", str(out)]) == 0
+    assert "drug1" in capsys.readouterr().out
+    ranking = pd.read_csv(out / "ranking.csv", index_col="treatment")
+    assert ranking.loc["drug1", "map"] > ranking.loc["drug2", "map"]
+    assert {"changes.h5ad", "wells.h5ad", "genes.csv"} <= {p.name for p in out.iterdir()}
+    assert main(["screen", str(tmp_path / "no.h5ad"), "--control", "DMSO", "-o", str(out)]) == 1

@@ -1,0 +1,58 @@
+"""Models saved by older versions load, and give what they gave.
+
+One folder a schema version and network in ``frozen/``: written by the last commit of that version
+(version 1: c98cd2b), with what it computed from the inputs in ``expected.safetensors``. They are
+never written again; a new version adds a folder of the one before.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import phenoseq
+from phenoseq.models.strict import SCHEMA_VERSION
+
+FROZEN = Path(__file__).with_name("frozen")
+FOLDERS = sorted(path.name for path in FROZEN.iterdir())
+
+
+def test_there_is_one_of_every_older_version():
+    assert {name.split("-")[0] for name in FOLDERS} == {f"v{v}" for v in range(1, SCHEMA_VERSION)}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_old_model_is_of_the_present_version_once_loaded_and_saved(name, tmp_path):
+    old = json.loads((FROZEN / name / "config.json").read_text())
+    assert f"v{old['schema_version']}" == name.split("-")[0]
+    model = phenoseq.load_model(FROZEN / name)
+    assert model.config.schema_version == SCHEMA_VERSION
+    model.save(tmp_path / "now")
+    assert phenoseq.load_model(tmp_path / "now").config == model.config
+
+
+def test_version_1_of_phenoseq():
+    model = phenoseq.load_model(FROZEN / "v1-phenoseq")
+    want = load_file(FROZEN / "v1-phenoseq" / "expected.safetensors")
+    with torch.inference_mode():
+        context = model.encode(want["images"])
+        latents = model.generate(context, want["noise"])
+        rates, library = model.expression.decode(latents)
+        strangeness = model.strangeness(context)
+    got = {"tokens": context[0], "latents": latents, "rates": rates, "library": library}
+    for name, tensor in (got | {"strangeness": strangeness}).items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_version_1_of_the_published_network():
+    model = phenoseq.load_model(FROZEN / "v1-published")
+    want = load_file(FROZEN / "v1-published" / "expected.safetensors")
+    with torch.inference_mode():
+        context = model.encode(want["features"])
+        made = model.generate(context, want["noise"])
+    torch.testing.assert_close(context[0], want["tokens"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made, want["made"], rtol=1e-4, atol=1e-4)
