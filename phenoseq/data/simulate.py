@@ -78,6 +78,7 @@ def simulate_plate(
     cells_per_site: int = 20,
     n_genes: int = 60,
     effect: float = 1.0,
+    inactive: Sequence[str] = (),
 ) -> SimulatedPlate:
     """Simulate a plate; images are drawn when read, so memory does not grow with their number.
 
@@ -98,6 +99,8 @@ def simulate_plate(
         Number of genes; the first ones react to the state in the same way whatever their number.
     effect
         Strength of the treatments; at 0 none does anything.
+    inactive
+        Treatments that do nothing, at any strength.
 
     Returns
     -------
@@ -119,6 +122,8 @@ def simulate_plate(
         "effect": (effect, 0, 10),
     }
     _check(names, numbers)
+    if unknown := set(inactive) - set(names[1:]):
+        raise DataError(f"simulated plate: inactive {sorted(unknown)} are none of the treatments")
 
     plate, drawn = f"plate{seed}", []
     for well in range(len(names) * wells_per_treatment):  # replicate by replicate
@@ -126,7 +131,7 @@ def simulate_plate(
         well_name = f"{'ABCDEFGHIJKLMNOP'[well // 24]}{well % 24 + 1:02d}"
         well_rng = np.random.default_rng([seed, well])
         mean = _WELL_SD * well_rng.standard_normal(len(STATE_NAMES))
-        if treatment != names[0]:
+        if treatment not in (names[0], *inactive):
             mean += effect * _treatment_shift(treatment)
         for site in range(1, sites_per_well + 1):
             rng = np.random.default_rng([seed, well, site])
@@ -153,7 +158,9 @@ def simulate_plate(
     tables, *arrays, matrices = zip(*drawn, strict=True)
     obs, matrix = pd.concat(tables), sparse.vstack(matrices, format="csr")
     state, rates, library = (np.concatenate(array) for array in arrays)
-    arguments = {name: value for name, (value, _, _) in numbers.items()}
+    arguments: dict[str, Any] = {name: value for name, (value, _, _) in numbers.items()}
+    if inactive:
+        arguments["inactive"] = sorted(inactive)
     described = json.dumps({"treatments": names, **arguments}, default=float, sort_keys=True)
     digest = hashlib.sha256(f"{_BIOLOGY} {PIXEL_SIZE} {FIELD_PX} {described}".encode())
     for part, dtype in ((matrix.indptr, "<i8"), (matrix.indices, "<i8"), (matrix.data, "<f4")):

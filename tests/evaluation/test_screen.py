@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+import phenoseq
 from phenoseq.cli import main
+from phenoseq.data.simulate import simulate_plate
 from phenoseq.errors import DataError
 from phenoseq.evaluation.genesets import read_gene_sets, score_gene_sets
 from phenoseq.evaluation.screen import screen
@@ -187,3 +189,25 @@ def test_command(tmp_path, capsys):
     assert ranking.loc["drug1", "map"] > ranking.loc["drug2", "map"]
     assert {"changes.h5ad", "wells.h5ad", "genes.csv"} <= {p.name for p in out.iterdir()}
     assert main(["screen", str(tmp_path / "no.h5ad"), "--control", "DMSO", "-o", str(out)]) == 1
+
+
+@pytest.mark.slow
+def test_simulated_plates_from_their_images():
+    """Ten drugs that act and ten that do not, on two plates, predicted from the images alone."""
+    names = [f"drug{i}" for i in range(20)]
+    predicted = []
+    for seed in (31, 32):
+        plate = simulate_plate(
+            seed=seed,
+            treatments=("DMSO", *names),
+            wells_per_treatment=4,
+            sites_per_well=1,
+            cells_per_site=15,
+            inactive=names[10:],
+        )
+        predicted.append(phenoseq.predict(plate.source, model="simulated-plate", n_samples=4))
+    result = screen(ad.concat(predicted), control="DMSO")
+    active = [name in names[:10] for name in result.ranking.index]
+    assert roc_auc_score(active, -np.arange(20)) >= 0.95
+    false = result.ranking["q"][np.logical_not(active)] < 0.05
+    assert false.sum() <= 1
