@@ -17,6 +17,7 @@ from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.handover import Batch
 from phenoseq.evaluation.streaming import EDistance, PccGene, VarianceRatio
 from phenoseq.models.load import Model
+from phenoseq.training.optimiser import adamw, decayed_groups
 from phenoseq.training.sharding import shard
 
 #: What random numbers are for, so that no two draw alike.
@@ -188,28 +189,17 @@ class TrainingModule(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups of parameters: weight decay on matrices alone."""
-        trained: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return decayed_groups(self.model.parameters())
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with linear warm-up and cosine decay, by step."""
-        optimiser = torch.optim.AdamW(
-            self.parameter_groups(), lr=self.lr, weight_decay=self.weight_decay
+        return adamw(
+            self.parameter_groups(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            total_steps=int(self.trainer.estimated_stepping_batches),
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        warm = min(self.warmup_steps, max(total // 2, 1))
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimiser,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimiser, 0.01, total_iters=warm),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(total - warm, 1)),
-            ],
-            milestones=[warm],
-        )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ----------------------------------------------------------------------------- random numbers
 

@@ -29,6 +29,7 @@ from phenoseq.models.files import load_weights, save_folder
 from phenoseq.models.phenoseq import pool
 from phenoseq.training.augment import augment
 from phenoseq.training.callbacks import WarmEMA
+from phenoseq.training.optimiser import adamw, decayed_groups
 
 _STATISTICS_CELLS, _BATCH = 4096, 256
 
@@ -138,23 +139,14 @@ class _RegressorModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with linear warm-up and cosine decay, by step."""
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        config, total = self.config, int(self.trainer.estimated_stepping_batches)
-        optimiser = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
-        warm = min(config.warmup_steps, max(total // 2, 1))
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimiser,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimiser, 0.01, total_iters=warm),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(total - warm, 1)),
-            ],
-            milestones=[warm],
+        config = self.config
+        return adamw(
+            decayed_groups(self.network.parameters()),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            warmup_steps=config.warmup_steps,
+            total_steps=int(self.trainer.estimated_stepping_batches),
         )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _targets(self, counts: Tensor) -> Tensor:
         total = counts.sum(dim=1, keepdim=True).clamp(min=1)
