@@ -32,7 +32,8 @@ from sklearn.preprocessing import StandardScaler
 import phenoseq
 from phenoseq.data.datamodule import StoreDataModule, split_of
 from phenoseq.data.splits import SplitConfig
-from phenoseq.data.store import Store, write_element
+from phenoseq.data.store import Store
+from phenoseq.data.storewriter import write_element
 from phenoseq.evaluation.metrics import e_distance, pcc_gene, variance_ratio
 from phenoseq.evaluation.report import normalised, scored_genes
 from phenoseq.models.phenoseq import PhenoSeq

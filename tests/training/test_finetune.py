@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -419,3 +420,19 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store
         losses(tmp_path / "killed.run"), losses(tmp_path / "whole.run"), rtol=1e-5
     )
     assert not (tmp_path / "killed.run" / "tokens").exists()
+
+
+@pytest.mark.slow
+def test_the_study_of_fine_tuning_runs_and_goes_on(store, tmp_path):
+    study = Path(__file__).resolve().parents[2] / "examples" / "finetune_study.py"
+    small = ["--epochs", "1", "--base-epochs", "1", "--sizes", "100", "--test", "50"]
+    command = [sys.executable, str(study), "section", str(store.path), str(tmp_path), *small]
+    subprocess.run(command, check=True)
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert len(rows) == 6
+    rows.iloc[:5].to_csv(tmp_path / "results.csv", index=False)
+    subprocess.run(command, check=True)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "results.csv").drop(columns="seconds"), rows.drop(columns="seconds")
+    )
+    assert (tmp_path / "results.png").exists()
