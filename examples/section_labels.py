@@ -1,0 +1,150 @@
+"""Does predicted RNA help to tell the clusters of a section's cells, beside their images?
+
+    phenoseq prepare XENIUM_FOLDER section.zarr
+    python examples/section_labels.py section.zarr OUT
+    python examples/section_labels.py section.zarr OUT --cells 500 --epochs 3   # a quick try
+
+The question of the scGeneScope benchmark, with a cluster of the RNA (``graph_cluster``) as the
+label, and blocks of tissue as replicates: blocks that the model was trained on train the
+classifiers, its validation blocks select them, and its test blocks test them. ``imaging`` is the
+mean token of the model's encoder, ``synthetic`` one draw of the model for the cell,
+``regressor`` a perceptron from the same encoder's features to measured expression, and ``real``
+the measured expression, log1p of counts scaled to one library size.
+
+The label was made from the same RNA: the ceiling of real RNA is circular. It says how well a
+classifier can find the clusters again, and not how much RNA knows of a cell beyond its image. The
+encoder was trained to predict this RNA, so that ``imaging`` is more than what is in the pixels.
+
+What is made is kept in OUT/work, and a run that was stopped goes on; give each set of options a
+folder of its own. metrics.json and metrics.md are written to OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import torch
+import zarr
+
+import phenoseq
+from phenoseq.data.datamodule import split_of
+from phenoseq.data.splits import SplitConfig
+from phenoseq.errors import DataError
+from phenoseq.evaluation.report import normalised
+from phenoseq.inference.inputs import open_inputs
+from phenoseq.inference.predictor import image_job, pick_device
+from phenoseq.inference.table import predict_file
+from phenoseq.models.phenoseq import pool
+from phenoseq.progress import bar
+from phenoseq.training.arms import Examples, arms_markdown, run_arms
+from phenoseq.training.perceptron import Modality, PerceptronConfig, regress
+from phenoseq.training.regressor import crops_of
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("store", type=Path, help="of the section that the model was trained on")
+    parser.add_argument("out", type=Path, help="folder for the scores")
+    parser.add_argument("--model", default="xenium-pancreas", help="of single cells (%(default)s)")
+    parser.add_argument("--label", default="graph_cluster", help="column of obs (%(default)s)")
+    parser.add_argument("--cells", type=int, help="of each part, at most (all)")
+    parser.add_argument("--draws", type=int, default=128_000, help="bags of 32 (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=100, help="at most (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    options = parser.parse_args(args)
+    store, model = phenoseq.Store(options.store), phenoseq.load_model(options.model)
+    config, device = PerceptronConfig(epochs=options.epochs), pick_device(options.device)
+    work = options.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+
+    obs = store.obs()
+    if options.label not in obs:
+        raise DataError(f"{store.path}: no column {options.label!r} in obs, only {list(obs)}")
+    split = split_of(store, SplitConfig(**model.config.training.split))
+    labelled = obs[options.label].notna().to_numpy()
+    rng = np.random.default_rng(options.seed)
+    chosen = []
+    for part in ("train", "val", "test"):
+        some = split.rows(part)
+        some = some[labelled[some]]
+        if options.cells is not None and len(some) > options.cells:
+            some = np.sort(rng.choice(some, options.cells, replace=False))
+        chosen.append(some)
+    rows = np.concatenate(chosen)
+    part = split.part[rows]
+    each = np.arange(len(rows))
+    train, val = (np.flatnonzero(part == name) for name in ("train", "val"))
+
+    imaging = Modality(features(model.to(device), store, rows, work / "imaging.npy"), each)
+    table = work / "prediction.zarr"
+    if not table.exists():
+        inputs = open_inputs(store, model.config.image, rows=rows)
+        job = image_job(model, inputs, n_samples=1, seed=options.seed, device=options.device)
+        with bar("drawing synthetic RNA") as progress:
+            predict_file(job, table, progress)
+    drawn = ad.io.read_elem(zarr.open_group(table, mode="r")["layers/draw"]).toarray()
+    real = normalised(store.counts(rows), model.config.expression.median_library)
+    real = Modality(real.astype(np.float32), each)
+    regressed = regress(imaging, real, train, val, config, seed=options.seed, device=device)
+    shuffled = each.copy()
+    for name in np.unique(part):
+        of = np.flatnonzero(part == name)
+        shuffled[of] = rng.permutation(of)
+    examples = Examples(
+        {
+            "imaging": imaging,
+            "synthetic": Modality(drawn, each),
+            "regressor": Modality(regressed, each),
+            "shuffled": Modality(drawn, shuffled),
+            "real": real,
+        },
+        labels=obs[options.label].astype(str).to_numpy(dtype=str)[rows],
+        groups=split.group[rows],
+        part=part,
+    )
+    facts = {
+        "data": store.manifest.source,
+        "data_identity": store.manifest.identity,
+        "model": options.model,
+        "pairing": model.config.pairing,
+        "label": options.label,
+        "split_digest": split.digest,
+        "cells": {name: int((part == name).sum()) for name in ("train", "val", "test")},
+        "note": "the label was made from the same RNA: the ceiling of real RNA is circular",
+    }
+    found = run_arms(
+        examples,
+        options.out,
+        config=config,
+        draws=options.draws,
+        seed=options.seed,
+        device=device,
+        facts=facts,
+    )
+    print(arms_markdown(found))
+    print(facts["note"])
+
+
+@torch.inference_mode()
+def features(model: phenoseq.PhenoSeq, store: phenoseq.Store, rows: np.ndarray, path: Path):
+    """Return the mean token of each cell, ``(n, dim)``, from a file once it is made."""
+    if not path.exists():
+        made, done = [], 0
+        with bar("encoding") as progress:
+            for images in crops_of(store, rows):
+                made.append(pool(*model.encode(images.to(model.image_mean.device))).float().cpu())
+                progress(done := done + len(images), len(rows))
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, torch.cat(made).numpy())
+        partial.rename(path)
+    return np.load(path)
+
+
+if __name__ == "__main__":
+    main()
