@@ -331,34 +331,13 @@ class _Made:
     ) -> None:
         self.data, self.model, self.work = data, model, work
         self.seed, self.device = seed, device
-        images = data.images
+        images, cells = data.images, data.cells
         self.bags: Bags = make_bags(
             images.obs, _SAMPLE, size=model.config.bag_size, seed=seed, where=images.name
         )
-        self._place = np.full(len(images), -1)  # of a row among the cells used
-        self._place[data.cells] = np.arange(len(data.cells))
-        self._used = self._place[self.bags.rows[:, 0]] >= 0
-
-    @property
-    def _own(self) -> NDArray[np.bool_]:
-        """Which places of a bag that is used are its own cells."""
-        size = self.bags.rows.shape[1]
-        own: NDArray[np.bool_] = np.arange(size) < self.bags.n_cells[self._used, None]
-        return own
-
-    @property
-    def _members(self) -> Rows:
-        """The cells in each bag that is used, by their place among the cells used."""
-        found: Rows = self._place[self.bags.rows[self._used]]
-        return found
-
-    @property
-    def bag_of_cell(self) -> Rows:
-        """The bag that each cell is one of, among the bags used."""
-        bag = np.empty(len(self.data.cells), dtype=np.int64)
-        of, _ = np.nonzero(self._own)
-        bag[self._members[self._own]] = of
-        return bag
+        bag, self._place = (of[cells] for of in self.bags.owners())
+        #: Bags of the cells used, and which of these each cell is one of.
+        self.used, self.bag_of_cell = np.unique(bag, return_inverse=True)
 
     def images(self) -> NDArray[np.float32]:
         """Return the image features of each cell."""
@@ -381,8 +360,9 @@ class _Made:
 
     def context(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the mean image features of each bag that is used."""
-        means = Modality(images, np.arange(len(images)))
-        members = self._members
+        rows = np.full(len(self.data.images), -1)
+        rows[self.data.cells] = np.arange(len(images))
+        means, members = Modality(images, np.arange(len(images))), rows[self.bags.rows[self.used]]
 
         def make() -> NDArray[np.float32]:
             return torch.cat([means.take(some) for some in means.parts(members)]).numpy()
@@ -404,13 +384,12 @@ class _Made:
                 with bar("drawing synthetic RNA") as progress:
                     predict_file(job, table, progress)
             drawn = zarr.open_group(table, mode="r")
-            members, own = self._members, self._own
             order = pd.Index(ad.io.read_elem(drawn["obs"]).index)
-            rows = order.get_indexer(np.array(self.bags.names)[self._used])
+            row = order.get_indexer(np.array(self.bags.names)[self.used])[self.bag_of_cell]
             values = np.empty((n, len(job.var)), dtype=np.float32)
             for k in range(size):
-                layer = np.asarray(drawn[f"layers/draw_{k}"][:], dtype=np.float32)  # type: ignore[index]
-                values[members[own[:, k], k]] = layer[rows[own[:, k]]]
+                here = self._place == k
+                values[here] = np.asarray(drawn[f"layers/draw_{k}"][:])[row[here]]  # type: ignore[index]
             return values
 
         return self.file("synthetic", make)
