@@ -17,8 +17,8 @@ The label was made from the same RNA: the ceiling of real RNA is circular. It sa
 classifier can find the clusters again, and not how much RNA knows of a cell beyond its image. The
 encoder was trained to predict this RNA, so that ``imaging`` is more than what is in the pixels.
 
-What is made is kept in OUT/work, and a run that was stopped goes on; give each set of options a
-folder of its own. metrics.json and metrics.md are written to OUT.
+What is made is kept in OUT/work, and a run that was stopped goes on under the same options.
+metrics.json and metrics.md are written to OUT.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 import zarr
 
 import phenoseq
@@ -47,6 +48,7 @@ from phenoseq.inference.samples import sample_job
 from phenoseq.inference.table import predict_file
 from phenoseq.models.config import ImageConfig
 from phenoseq.models.expression import ExpressionSpace
+from phenoseq.models.files import digest_of_model
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.sample import SamplePhenoSeq
@@ -54,6 +56,7 @@ from phenoseq.progress import bar
 from phenoseq.training.arms import Examples, arms_markdown, run_arms
 from phenoseq.training.perceptron import Modality, PerceptronConfig, regress
 from phenoseq.training.regressor import crops_of
+from phenoseq.training.settings import keep_settings, same_settings
 
 #: Column of samples: block and label.
 SAMPLE = "sample"
@@ -80,6 +83,10 @@ def main(args: list[str] | None = None) -> None:
     work = options.out / "work"
     work.mkdir(parents=True, exist_ok=True)
 
+    plan = {name: value for name, value in vars(options).items() if name not in ("out", "device")}
+    plan |= {"store": store.manifest.identity, "model": digest_of_model(model)}
+    same_settings(options.out, yaml.safe_dump(plan))
+    keep_settings(options.out, yaml.safe_dump(plan))
     obs = store.obs()
     if options.label not in obs:
         raise DataError(f"{store.path}: no column {options.label!r} in obs, only {list(obs)}")

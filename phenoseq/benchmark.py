@@ -8,7 +8,6 @@ the held-out experiment (1 and 2). See :mod:`phenoseq.data.readers.scgenescope` 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 import zarr
 from numpy.typing import NDArray
 
@@ -45,6 +45,7 @@ from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.progress import bar
 from phenoseq.training.arms import Examples, run_arms
 from phenoseq.training.perceptron import Modality, PerceptronConfig, regress
+from phenoseq.training.settings import keep_settings, same_settings
 from phenoseq.zoo.registry import load_model
 
 #: Columns that together name a sample, and the treatment that is left out.
@@ -196,13 +197,13 @@ def benchmark_scgenescope(
     if config is not None:
         text = _text(Path(config))
         plan["trained_with"] = hashlib.sha256(text.encode()).hexdigest()
-        _same_plan(folder, plan)
+        _keep(folder, plan)
         loaded: Model = _trained(data, Path(config), work, device)
     else:
         assert model is not None
         loaded = load_model(model) if isinstance(model, str | Path) else model
         plan["model"] = digest_of_model(loaded)
-        _same_plan(folder, plan)
+        _keep(folder, plan)
     network, record = _checked(loaded, data)
     made = _Made(data, network, work, seed, place)
     part = data.part[cells]
@@ -444,20 +445,8 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
-def _same_plan(folder: Path, plan: dict[str, Any]) -> None:
+def _keep(folder: Path, plan: dict[str, Any]) -> None:
     """Refuse a folder that holds another run, and mark it as that of this one."""
-    file = folder / "plan.json"
-    now = json.loads(json.dumps(plan))
-    if file.exists():
-        then = json.loads(file.read_text())
-        other = [key for key in now if now[key] != then.get(key)]
-        other += [key for key in then if key not in now]
-        if other:
-            raise ModelError(
-                f"{folder}: holds a run with other settings ({', '.join(other)}); name another "
-                "folder, or remove this one"
-            )
-        return
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(now, indent=1))
-    os.replace(partial, file)
+    text = yaml.safe_dump(plan)
+    same_settings(folder, text)
+    keep_settings(folder, text)

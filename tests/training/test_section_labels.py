@@ -15,7 +15,7 @@ from phenoseq.data.datamodule import split_of
 from phenoseq.data.samplestore import SampleStore
 from phenoseq.data.simulate import simulate_plate
 from phenoseq.data.splits import SplitConfig
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, ModelError
 from phenoseq.evaluation.report import normalised
 from phenoseq.models.load import load_folder
 from phenoseq.training import arms
@@ -53,8 +53,11 @@ def test_labels_of_a_store(store, arguments, tmp_path, seen, capsys):
     out = tmp_path / "out"
     args = [str(store.path), str(out), "--model", str(model), "--device", "cpu", "--draws", "20"]
     with pytest.raises(DataError, match="graph_cluster"):
-        section_labels.main(args)
-    section_labels.main([*args, "--label", "Metadata_Treatment", "--cells", "40", "--epochs", "2"])
+        section_labels.main([*args[:1], str(tmp_path / "none"), *args[2:]])
+    args += ["--label", "Metadata_Treatment", "--epochs", "2"]
+    section_labels.main([*args, "--cells", "40"])
+    with pytest.raises(ModelError, match="cells is 30, and was 40"):
+        section_labels.main([*args, "--cells", "30"])
     facts = json.loads((out / "metrics.json").read_text())
     assert facts["cells"]["train"] == facts["cells"]["test"] == 40
     assert {r["arm"] for r in facts["scores"]} == set(arms.ARMS) - {"imaging + its bag"}
