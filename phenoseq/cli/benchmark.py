@@ -43,7 +43,8 @@ def add_benchmark(commands: Commands) -> None:
 def _scgenescope(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from phenoseq.benchmark import ScGeneScope, benchmark_scgenescope
+    from phenoseq.benchmark.files import ScGeneScope
+    from phenoseq.benchmark.scgenescope import benchmark_scgenescope
     from phenoseq.training.arms import arms_markdown
     from phenoseq.training.perceptron import PerceptronConfig
 

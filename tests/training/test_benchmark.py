@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-import phenoseq.benchmark as bench
-from phenoseq.benchmark import ScGeneScope, benchmark_scgenescope
+from phenoseq.benchmark import scgenescope as bench
+from phenoseq.benchmark.files import ScGeneScope
+from phenoseq.benchmark.made import Made
+from phenoseq.benchmark.scgenescope import benchmark_scgenescope
 from phenoseq.cli import main
 from phenoseq.errors import DataError, ModelError
 from phenoseq.models.load import load_folder
@@ -85,7 +87,7 @@ def test_every_arm_is_scored_within_and_out_of_the_experiment(ran, scgenescope):
 def test_what_the_arms_read_is_of_the_right_cells(ran, model, scgenescope):
     """Synthetic RNA of a cell is a draw of a bag that it is one of; real RNA is of its sample."""
     data = ScGeneScope(scgenescope)
-    made = bench._Made(data, model, ran / "work", 0, "cpu")
+    made = Made(data, model, ran / "work", 0, "cpu")
     obs = data.images.obs.iloc[data.cells]
     images, bag = made.images(), made.bag_of_cell
     x = data.images.matrix("X").take(data.cells)
