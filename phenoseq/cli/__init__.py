@@ -8,7 +8,17 @@ import warnings
 from collections.abc import Sequence
 
 from phenoseq._version import __version__
-from phenoseq.cli import doctor, evaluate, models, predict, prepare, screen, segment, train
+from phenoseq.cli import (
+    benchmark,
+    doctor,
+    evaluate,
+    models,
+    predict,
+    prepare,
+    screen,
+    segment,
+    train,
+)
 from phenoseq.errors import PhenoseqError, PhenoseqWarning
 
 
@@ -44,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_embed(commands)
     evaluate.add_evaluate(commands)
     predict.add_decode(commands)
+    benchmark.add_benchmark(commands)
     screen.add_screen(commands)
     segment.add_segment(commands)
     models.add_models(commands)

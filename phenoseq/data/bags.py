@@ -35,6 +35,14 @@ class Bags:
     rows: NDArray[np.int64]
     n_cells: NDArray[np.int64]
 
+    def owners(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return for each cell of the table the bag whose own it is, and its place in that."""
+        own = np.arange(self.rows.shape[1]) < self.n_cells[:, None]
+        bag = np.empty(int(own.sum()), dtype=np.int64)
+        place = np.empty_like(bag)
+        bag[self.rows[own]], place[self.rows[own]] = np.nonzero(own)
+        return bag, place
+
 
 def make_bags(obs: pd.DataFrame, sample: str, *, size: int, seed: int, where: str) -> Bags:
     """Divide the cells of each sample into bags.

@@ -57,7 +57,8 @@ def same_settings(root: Path, text: str) -> None:
     if differing:
         raise ModelError(
             f"{root}: holds a run with other settings: {'; '.join(differing)}. Go on with those, "
-            "give this run its own trainer.default_root_dir, or remove that folder"
+            "give this run a folder of its own (for 'phenoseq train' trainer.default_root_dir), or "
+            "remove that one"
         )
 
 

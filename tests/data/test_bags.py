@@ -49,6 +49,14 @@ def test_every_cell_is_in_exactly_one_bag_of_its_sample(obs):
     assert counts["d:2"] == 1
 
 
+def test_owners(obs):
+    bags = bags_of(obs)
+    bag, place = bags.owners()
+    assert len(bag) == len(obs)
+    np.testing.assert_array_equal(bags.rows[bag, place], np.arange(len(obs)))
+    assert (place < bags.n_cells[bag]).all()
+
+
 def test_membership_does_not_depend_on_the_order_of_rows_or_on_other_samples(obs):
     first = by_id(obs, bags_of(obs))
     other = obs.iloc[np.random.default_rng(5).permutation(len(obs))]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from phenoseq.evaluation.labels import balanced_accuracy, gap_interval, gap_recovered
+from phenoseq.evaluation.labels import balanced_accuracy, gap_interval, gap_recovered, macro_f1
 
 
 def test_balanced_accuracy_is_that_of_scikit_learn():
@@ -14,6 +14,13 @@ def test_balanced_accuracy_is_that_of_scikit_learn():
     true, predicted = rng.choice(["a", "b", "c"], (2, 60), p=[0.7, 0.2, 0.1])
     want = balanced_accuracy_score(true, predicted)
     assert balanced_accuracy(true, predicted) == pytest.approx(want)
+
+
+def test_macro_f1_is_that_of_scikit_learn_over_the_classes_that_occur():
+    rng = np.random.default_rng(0)
+    true, predicted = rng.choice(["a", "b", "c"], 60), rng.choice(["a", "b", "c", "d"], 60)
+    want = f1_score(true, predicted, labels=["a", "b", "c"], average="macro")
+    assert macro_f1(true, predicted) == pytest.approx(want)
 
 
 def test_classes_that_do_not_occur_do_not_count():
@@ -24,6 +31,7 @@ def test_gap_recovered_by_hand():
     assert gap_recovered(0.4, 0.5, 0.8) == pytest.approx(0.25)
     assert gap_recovered(0.4, 0.3, 0.8) == pytest.approx(-0.25)
     assert np.isnan(gap_recovered(0.4, 0.5, 0.4))
+    assert np.isnan(gap_recovered(0.4, 0.3, 0.2))
 
 
 def test_the_interval_holds_the_value_and_is_of_groups():
@@ -43,3 +51,17 @@ def test_the_interval_holds_the_value_and_is_of_groups():
     order = np.argsort(predictions[1] == true, kind="stable")
     again = gap_interval(true[order], *(p[order] for p in predictions), groups, n=200, seed=3)
     assert again[2] - again[1] > 1.5 * (high - low)
+
+
+def test_the_interval_is_that_of_items_drawn_by_group():
+    rng = np.random.default_rng(5)
+    true, groups = rng.integers(4, size=200), rng.integers(6, size=200)
+    predictions = [np.where(rng.random(200) < p, true, 9) for p in (0.3, 0.5, 0.8)]
+    drawn = np.random.default_rng(2).integers(6, size=(50, 6))
+    by_hand = []
+    for some in drawn:
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in some])
+        scores = [balanced_accuracy_score(true[rows], p[rows]) for p in predictions]
+        by_hand.append((scores[1] - scores[0]) / (scores[2] - scores[0]))
+    _, low, high = gap_interval(true, *predictions, groups, n=50, seed=2)
+    np.testing.assert_allclose([low, high], np.quantile(by_hand, [0.025, 0.975]))

@@ -1,0 +1,1 @@
+"""Published benchmarks, complete: from files to scores."""
