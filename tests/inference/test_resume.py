@@ -33,7 +33,7 @@ from phenoseq.inference import bagged, blocks, predictor
 
 warnings.simplefilter("ignore")
 os.environ.update(environment)
-predictor._BLOCK = bagged._BLOCK = 1
+predictor._BLOCK = bagged.BLOCK = 1
 for job in (predictor.image_job, bagged.bag_job):
     job.__kwdefaults__["batch_size"] = 8
 

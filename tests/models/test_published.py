@@ -431,7 +431,7 @@ def test_configuration_round_trip():
         ("sizes", "layers", 0, "layers is 0"),
         ("sizes", "layers", 2.5, "layers: 2.5 is not"),
         ("sizes", "time_dim", 7, "do not divide a time_dim of 7"),
-        ("sizes", "dropout", float("nan"), "dropout is nan"),
+        ("sizes", "dropout", float("nan"), "nan is no number"),
         ("sizes", "surprise", 1, r"unknown \['surprise'\]"),
         ("noise", "schedule", "sigmoid", "sigmoid"),
         ("noise", "timesteps", 0, "timesteps is 0"),

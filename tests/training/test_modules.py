@@ -401,7 +401,7 @@ def test_a_model_of_samples_knows_its_cells_and_its_genes(kinds):
     ]
     assert float(torch.cat(scores).square().mean().sqrt()) == pytest.approx(1, abs=0.05)
     batch = first(data)
-    batch["images"] = 255 - batch["images"]
+    batch["images"] = 255 - batch["images"].float()
     assert float(model.strangeness(module.encode(batch)).detach().min()) > 1.5
 
 
