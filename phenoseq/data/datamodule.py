@@ -121,7 +121,9 @@ class StreamDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is in which epoch, and of what data, for a checkpoint."""
-        return {} if self._training is None else {"data": self.digest, **self._training.state_dict()}
+        return (
+            {} if self._training is None else {"data": self.digest, **self._training.state_dict()}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let training go on where a checkpoint was made.

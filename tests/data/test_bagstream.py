@@ -311,7 +311,7 @@ def test_module_goes_on_in_the_middle(store):
     second = iter(loader)
     next(second)
     state = loader.state_dict()
-    assert state == {"data": data.digest, "epoch": 1, "start": 1}
+    assert state == {"epoch": 1, "start": 1}
     rest = list(second)
     again = module(store).train_dataloader()
     again.load_state_dict(state)
