@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import zarr
 
 from phenoseq._version import __version__
 from phenoseq.data.backed import Given
-from phenoseq.data.datamodule import split_of
+from phenoseq.data.selection import SelectedStore, split_of_selected
 from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError, ModelError
@@ -60,7 +61,8 @@ def evaluate(
     model
         A name of the zoo, a folder, or a loaded model.
     store
-        The store; where it is of the model's training data, the split must come out the same.
+        The store, with all stains and genes of the model; others in it are not read. Where it is of
+        the model's training data, the split must come out the same.
     part
         ``"test"``, ``"cal"``, ``"val"``, or a declared ``"test_NAME"``.
     n_samples, steps, seed, device
@@ -82,7 +84,7 @@ def evaluate(
     Raises
     ------
     DataError, ModelError
-        Where the store has other genes, or its split differs from the one trained with.
+        Where the store lacks stains or genes, or its split differs from the one trained with.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="phenoseq-") as some:
@@ -96,13 +98,11 @@ def evaluate(
             f"{name}: predicts embeddings of samples, and a store has genes of cells; only models "
             "of genes can be scored on one"
         )
-    opened = Store(store)
-    table = opened.table()
     config = loaded.config
-    if tuple(table.var_names) != config.expression.genes:
-        raise DataError(f"{store}: its genes are not those of {name}, in the same order")
+    opened = SelectedStore(store, config.image.channels, config.expression.genes)
+    table = opened.table()
     how = SplitConfig(**config.training.split)  # type: ignore[arg-type]
-    split = split_of(opened, how)
+    split = split_of_selected(opened, how)
     same = opened.manifest.identity == config.training.identity
     if same and split.digest != config.training.split_digest:
         raise DataError(
@@ -112,7 +112,7 @@ def evaluate(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     rows = split.rows(part)
-    rows = rows[table.obs["total_counts"].to_numpy()[rows] >= MIN_COUNTS]
+    rows = rows[np.asarray(table.X[rows].sum(axis=1)).ravel() >= MIN_COUNTS]
     truth = table[rows].copy()
     truth.obs["group"] = split.group[rows]
     write_whole(truth, folder / _TRUTH)

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PhenoseqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted; {stop or 'nothing half-written is left'}", file=sys.stderr)
         return 130
 
 

@@ -17,8 +17,7 @@ def run_train(args: Sequence[str]) -> int:
     """Train as LightningCLI's arguments say; return the exit status."""
     from phenoseq.training.train import train
 
-    out = train(args)
-    print(f"model in {out}; try: phenoseq evaluate --model {out} --store STORE")
+    train(args)
     return 0
 
 
@@ -76,7 +75,8 @@ def _finetune(options: argparse.Namespace) -> int:
         out=options.out,
         report=print,
     )
-    whole = not (options.genes or options.channels)
-    hint = f"; try: phenoseq evaluate --model {options.out} --store {options.store}"
-    print(f"model in {options.out}{hint if whole else ''}")
+    print(
+        f"model in {options.out}; "
+        f"try: phenoseq evaluate --model {options.out} --store {options.store}"
+    )
     return 0

@@ -100,7 +100,9 @@ class CsrWriter:
         for writer in (self._values, self._columns):
             writer.flush()
         ends = np.concatenate(self._ends)
-        small = ends[-1] <= np.iinfo(np.int32).max  # then of the type of the columns, as scipy wants
+        small = (
+            ends[-1] <= np.iinfo(np.int32).max
+        )  # then of the type of the columns, as scipy wants
         last = RowWriter(_flat(self._group, "indptr", "i4" if small else "i8"))
         last.add(ends)
         last.flush()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from phenoseq.data.dataset import BatchLoader, CellStream, EpochStream, StreamLo
 from phenoseq.data.samplestore import SampleStore
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import Store
+from phenoseq.errors import DataError
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -109,17 +113,36 @@ class StreamDataModule(L.LightningDataModule):
             stream.world, stream.rank = 1, 0
         return BatchLoader(stream, self.num_workers)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return where training is in which epoch, for a checkpoint."""
-        return {} if self._training is None else self._training.state_dict()
+    @property
+    def digest(self) -> str:
+        """Hex digest of what the store holds and how it is divided."""
+        facts = json.dumps([asdict(self.opened.manifest), self.parts.digest], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training is in which epoch, and of what data, for a checkpoint."""
+        return (
+            {} if self._training is None else {"data": self.digest, **self._training.state_dict()}
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let training go on where a checkpoint was made.
 
         Lightning would give the state to the loader itself, but not where the number of steps was
         asked for before.
+
+        Raises
+        ------
+        DataError
+            Where the store is no longer what the run began with.
         """
-        self._restored = state_dict
+        position = dict(state_dict)
+        if position.pop("data", self.digest) != self.digest:
+            raise DataError(
+                f"{self.store}: holds or divides other cells, stains or genes than when this run "
+                "began; bring that store back, or begin anew in another folder"
+            )
+        self._restored = position
 
 
 class StoreDataModule(StreamDataModule):

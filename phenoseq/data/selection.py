@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from phenoseq.channels import canonical
+from phenoseq.data.datamodule import StoreDataModule, split_of
 from phenoseq.data.dataset import CellStream
 from phenoseq.data.handover import Arrays, Batch, Spec, fresh
+from phenoseq.data.splits import UNASSIGNED, Split, SplitConfig
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError
 
@@ -38,6 +40,8 @@ class SelectedStore(Store):
     ----------
     channel_rows, gene_rows
         Their positions in the store, int64.
+    full
+        The manifest of the store, all stains and genes in it.
 
     Raises
     ------
@@ -52,16 +56,16 @@ class SelectedStore(Store):
         genes: Sequence[str] | None = None,
     ) -> None:
         super().__init__(path)
-        full = self.manifest
+        self.full = full = self.manifest
         self.channel_rows, self.gene_rows = (
             np.arange(len(full.channels)),
             np.arange(len(full.genes)),
         )
         if channels is not None:
             names = [canonical(name) for name in channels]
-            self.channel_rows = _places(names, [full.channels], f"{path}: stains")
+            self.channel_rows = _places(names, [full.channels], f"{path}: its stains")
         if genes is not None:
-            self.gene_rows = _places(genes, [full.genes, full.symbols], f"{path}: genes")
+            self.gene_rows = _places(genes, [full.genes, full.symbols], f"{path}: its genes")
         chosen = tuple(full.channels[i] for i in self.channel_rows)
         self.manifest = replace(
             full,
@@ -107,16 +111,74 @@ class SelectedStream(CellStream):
             yield batch | {"images": images, "counts": counts}
 
 
+class SelectedDataModule(StoreDataModule):
+    """Streams a selection of a store to Lightning: its cells that have counts of these genes.
+
+    Parameters
+    ----------
+    store, split, batch_size, seed
+        See :class:`~phenoseq.data.datamodule.StoreDataModule`.
+    channels, genes
+        See :class:`SelectedStore`.
+    """
+
+    opened: SelectedStore
+
+    def __init__(
+        self,
+        store: str | Path,
+        split: SplitConfig,
+        batch_size: int = 128,
+        *,
+        seed: int = 0,
+        channels: Sequence[str] | None,
+        genes: Sequence[str] | None,
+    ) -> None:
+        super().__init__(store, split, batch_size, seed=seed)
+        self._channels, self._genes = channels, genes
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the store and divide its cells; raises :class:`~phenoseq.errors.DataError`."""
+        if hasattr(self, "opened"):
+            return
+        self.opened = SelectedStore(self.store, self._channels, self._genes)
+        self.parts = split_of_selected(self.opened, self.split)
+
+    def stream(self, part: str, *, shuffle: bool, most: int | None = None) -> CellStream:
+        """Return the stream of a part, of ``most`` of its cells, drawn by the seed."""
+        return SelectedStream(
+            self.opened,
+            self.parts.rows(part) if most is None else self.some(part, most),
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            workers=max(self.num_workers, 1),
+        )
+
+
+def split_of_selected(store: SelectedStore, config: SplitConfig) -> Split:
+    """Divide the cells of a store; those without counts of the selected genes are left out."""
+    split = split_of(store, config)
+    if len(store.gene_rows) == len(store.full.genes):
+        return split
+    empty = np.asarray(store.table().X.sum(axis=1)).ravel() == 0
+    return replace(split, part=np.where(empty, UNASSIGNED, split.part))
+
+
 def _places(wanted: Sequence[str], known: Sequence[Sequence[str]], where: str) -> Rows:
     """Return the position of each name in the first of some lists that has it."""
-    places = []
-    for name in wanted:
-        found = next((list(names).index(name) for names in known if name in names), None)
-        if found is None:
-            every = [other for names in known for other in names]
-            near = difflib.get_close_matches(name, every, n=3) or list(known[0][:8])
-            raise DataError(f"{where} have no {name!r}; there are, for example, {near}")
-        places.append(found)
+    at: dict[str, int] = {}
+    for names in known:
+        for place, name in enumerate(names):
+            at.setdefault(name, place)
+    missing = [name for name in wanted if name not in at]
+    if missing:
+        near = difflib.get_close_matches(missing[0], at, n=3) or list(known[0][:8])
+        raise DataError(
+            f"{where} lack {len(missing)} of the {len(wanted)} wanted, {missing[:5]}; "
+            f"there are, for example, {near}"
+        )
+    places = [at[name] for name in wanted]
     if not places or len(set(places)) < len(places):
         raise DataError(f"{where}: choose at least one, and each once, not {list(wanted)}")
     return np.array(places, dtype=np.int64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,24 +18,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor, nn
+from torch import Tensor
 
 from phenoseq.errors import DataError, ModelError
 from phenoseq.genes import match_genes
 from phenoseq.models.config import ImageConfig
-from phenoseq.models.counts import nb_log_likelihood
 from phenoseq.models.denoiser import Denoiser
 from phenoseq.models.encoder import Encoder
-from phenoseq.models.expression import ExpressionSpace, fit_expression_space
+from phenoseq.models.expression import fit_expression_space
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.record import TrainingRecord
+from phenoseq.models.transfer import components_for, keep_space, turn_between
 
 #: The expression space is kept where the shared genes carry this share of the latent's variance.
 KEEP_SPACE = 0.9
-#: Deviation, in log units, by which a shared gene's rate and dispersion are expected to move.
-_SHIFT = 0.5
-#: Steps in which the decoder of a kept space is refitted, and the cells in each.
-_STEPS, _BATCH = 300, 512
 #: Pixel sizes closer than this are taken for the same.
 _SAME_SIZE = 0.01
 
@@ -159,18 +154,18 @@ def adapt(
     captured = float(variance / (space.spread**2).sum())
     kept = captured >= KEEP_SPACE
     if kept:
-        fitted = _keep_space(space, counts, new, have, want, seed)
+        fitted = keep_space(space, counts, new, have, want, seed)
         turn = torch.eye(old.components)
     else:
         fitted = fit_expression_space(
             counts,
             tuple(new.index),
             tuple(new["symbol"]),
-            components=_components(old.components, *counts.shape),
+            components=components_for(old.components, *counts.shape),
             hidden=old.hidden,
             seed=seed,
         )
-        turn = _turn(space, fitted, have, want)
+        turn = turn_between(space, fitted, have, want)
     config = replace(base.config, image=image, expression=fitted.config, training=training)
     model = PhenoSeq(config, fitted)
     _take_denoiser(model.denoiser, base.denoiser, turn)
@@ -210,125 +205,6 @@ def _shared_genes(
     except DataError:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     return match.have, match.want
-
-
-def _components(most: int, cells: int, genes: int) -> int:
-    """Return the size of a latent: that of the base, or less where cells or genes are few.
-
-    Beyond half the genes, or a tenth of the cells, components are noise of single genes or cells.
-    """
-    return max(min(most, genes // 2, cells // 10), 1)
-
-
-def _keep_space(
-    space: ExpressionSpace,
-    counts: sparse.csr_matrix,
-    genes: pd.DataFrame,
-    have: NDArray[np.int64],
-    want: NDArray[np.int64],
-    seed: int,
-) -> ExpressionSpace:
-    """Take over a space for another panel that holds most of its genes."""
-    total = np.asarray(counts.sum(axis=1)).ravel()
-    # Counts are scaled so that those of a usual cell at the shared genes stay what they were.
-    usual = space.decode(torch.zeros(space.config.latent_dim))[0][have].sum()
-    share = float(usual) / float(counts[:, want].sum() / total.sum())
-    config = replace(
-        space.config,
-        genes=tuple(genes.index),
-        symbols=tuple(genes["symbol"]),
-        median_library=space.config.median_library * share,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out = ExpressionSpace(config)
-    scaled = counts.multiply(config.median_library / total[:, None]).tocsr()
-    scaled.data = np.log1p(scaled.data)
-    logs = np.log(total)
-    low, high = np.quantile(logs, [0.001, 0.999])
-    rate = np.asarray(counts.sum(axis=0)).ravel() + 0.5
-    log_rate = torch.from_numpy(np.log(rate / rate.sum())).float()
-    last, old = _last(out), _last(space)
-    out.spread.copy_(space.spread)
-    out.library.copy_(torch.tensor([logs.mean(), max(float(logs.std()), 1e-3), low, high]))
-    out.mean.copy_(torch.from_numpy(np.asarray(scaled.mean(axis=0)).ravel()))
-    out.mean[want] = space.mean[have]
-    out.axes[:, want] = space.axes[:, have]
-    with torch.no_grad():
-        out.decoder[0].load_state_dict(space.decoder[0].state_dict())
-        # A new gene starts at its mean rate, on the scale of the shared genes' logits.
-        last.weight.zero_()
-        last.bias.copy_(log_rate + (old.bias[have] - log_rate[want]).mean())
-        last.weight[want] = old.weight[have]
-        last.bias[want] = old.bias[have]
-        out.log_theta[want] = space.log_theta[have]
-    fresh = torch.ones(len(genes), dtype=torch.bool)
-    fresh[want] = False
-    _refit_decoder(out, counts, fresh, seed)
-    return out
-
-
-def _refit_decoder(
-    space: ExpressionSpace, counts: sparse.csr_matrix, fresh: Tensor, seed: int
-) -> None:
-    """Fit rates and dispersions of a kept decoder to new cells, under a prior around what it knows.
-
-    All genes get a shift of log rate and log dispersion, that of a shared gene with a normal prior;
-    a fresh gene gets weights too, with a prior as wide as the weights of the others are.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    last = _last(space)
-    weights, bias, log_theta = last.weight, last.bias, space.log_theta
-    width = weights[~fresh].std()
-    start = torch.cat([bias, log_theta]).clone()
-    known = torch.cat([~fresh, ~fresh])
-    n = counts.shape[0]
-    batch = min(_BATCH, n)
-    for tensor in (bias, log_theta, weights):
-        tensor.requires_grad_(True)
-    groups: list[dict[str, Any]] = [
-        {"params": [bias, log_theta], "lr": 2e-2},
-        {"params": [weights], "lr": 4e-3},
-    ]
-    optimiser = torch.optim.Adam(groups)
-    for _ in range(_STEPS):
-        rows = torch.randint(n, (batch,), generator=generator).numpy()
-        some = torch.from_numpy(counts[rows].toarray()).float()
-        rates, _ = space.decode(space.encode(some))
-        mu = rates * some.sum(1, keepdim=True) + 1e-8
-        likelihood = nb_log_likelihood(some, mu, space.theta).sum(1).mean()
-        shift = torch.cat([bias, log_theta]) - start
-        prior = (
-            (shift / _SHIFT)[known].square().sum() + (weights[fresh] / width).square().sum()
-        ) / 2
-        optimiser.zero_grad()
-        (prior / n - likelihood).backward()  # type: ignore[no-untyped-call]
-        assert weights.grad is not None
-        weights.grad[~fresh] = 0
-        optimiser.step()
-        with torch.no_grad():
-            log_theta.clamp_(-4.0, 8.0)
-    space.requires_grad_(False)
-
-
-def _last(space: ExpressionSpace) -> nn.Linear:
-    layer = space.decoder[2]
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
-def _turn(
-    old: ExpressionSpace, new: ExpressionSpace, have: NDArray[np.int64], want: NDArray[np.int64]
-) -> Tensor:
-    """Return the map with orthonormal columns from a new latent to the old one, ``(k_old, k_new)``.
-
-    Of all such maps the one under which the loadings of the shared genes agree best.
-    """
-    before = old.axes[:, have] * old.spread[:, None]
-    after = new.axes[:, want] * new.spread[:, None]
-    left, _, right = torch.linalg.svd(before @ after.T, full_matrices=False)
-    turn: Tensor = left @ right
-    return turn
 
 
 # ----------------------------------------------------------------------------- denoiser and encoder

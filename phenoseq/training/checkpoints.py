@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,17 @@ def steps_done(path: Path) -> int:
         raise ModelError(
             f"{path}: cannot be read ({error}); to begin anew, remove the folder {path.parent}"
         ) from error
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Let an interrupt be one, which Lightning turns into an exit, and say how to go on."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt("the same command goes on from the last checkpoint") from None
+        raise
 
 
 class Checkpoints(Checkpoint):

@@ -23,11 +23,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from phenoseq.data.datamodule import StoreDataModule, split_of
-from phenoseq.data.dataset import CellStream
+from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.handover import Batch
-from phenoseq.data.selection import SelectedStore, SelectedStream
-from phenoseq.data.splits import UNASSIGNED, SplitConfig
+from phenoseq.data.selection import SelectedDataModule
+from phenoseq.data.splits import SplitConfig
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.models.adapt import Adaptation, adapt, stem_name
 from phenoseq.models.diffusion import logit_normal
@@ -44,6 +43,7 @@ from phenoseq.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
     folder_of,
+    resumable,
     steps_done,
 )
 from phenoseq.training.logs import CsvLogger, LearningCurves
@@ -138,7 +138,7 @@ def finetune(
     return done.eval()
 
 
-class FinetuneData(StoreDataModule):
+class FinetuneData(SelectedDataModule):
     """Streams the stains and genes of a store that a model is fine-tuned on.
 
     Parameters
@@ -150,11 +150,8 @@ class FinetuneData(StoreDataModule):
     split, seed
         See :class:`~phenoseq.data.datamodule.StoreDataModule`.
     channels, genes
-        See :class:`~phenoseq.data.selection.SelectedStore`. Cells without counts of these genes are
-        left out.
+        See :class:`~phenoseq.data.selection.SelectedDataModule`.
     """
-
-    opened: SelectedStore
 
     def __init__(
         self,
@@ -167,44 +164,24 @@ class FinetuneData(StoreDataModule):
         seed: int,
     ) -> None:
         split = split or SplitConfig(**base.config.training.split)  # type: ignore[arg-type]
-        super().__init__(store, split, seed=seed)
-        self._base, self._channels, self._genes = base, channels, genes
+        super().__init__(store, split, seed=seed, channels=channels, genes=genes)
+        self._base = base.config.training
 
     def setup(self, stage: str | None = None) -> None:
         """Open the store and divide its cells; raises :class:`~phenoseq.errors.DataError`."""
-        if hasattr(self, "opened"):
-            return
-        self.opened = SelectedStore(self.store, self._channels, self._genes)
-        self.parts = split_of(self.opened, self.split)
-        record = self._base.config.training
-        same = self.split == SplitConfig(**record.split)  # type: ignore[arg-type]
+        super().setup(stage)
+        same = self.split == SplitConfig(**self._base.split)  # type: ignore[arg-type]
         if (
             same
-            and self.opened.manifest.identity == record.identity
-            and self.parts.digest != record.split_digest
+            and self.opened.manifest.identity == self._base.identity
+            and self.parts.digest != self._base.split_digest
         ):
             raise DataError(
                 f"{self.store}: divides its cells otherwise than the base model was trained with, "
                 "so that cells it has seen would be tested; prepare the store with the same options"
             )
-        if self._genes is not None:
-            empty = np.asarray(self.opened.table().X.sum(axis=1)).ravel() == 0
-            part = self.parts.part.astype("<U16")
-            part[empty] = UNASSIGNED
-            self.parts = replace(self.parts, part=part)
         n = self.n_cells("train")
         self.batch_size = int(np.clip(n // _BATCHES, _LEAST, _LARGEST))
-
-    def stream(self, part: str, *, shuffle: bool, most: int | None = None) -> CellStream:
-        """Return the stream of a part, of ``most`` of its cells, drawn by the seed."""
-        return SelectedStream(
-            self.opened,
-            self.parts.rows(part) if most is None else self.some(part, most),
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            workers=max(self.num_workers, 1),
-        )
 
 
 class FinetuneModule(PhenoSeqModule):
@@ -332,7 +309,7 @@ def fit(
     done = steps_done(last)
     kind, _, number = device.partition(":")
     stop = EarlyStopping("val_loss", patience=PATIENCE, check_on_train_epoch_end=False)
-    with _quiet():
+    with _quiet(), resumable():
         trainer = L.Trainer(
             max_epochs=epochs,
             accelerator={"cuda": "gpu"}.get(kind, kind),

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
-from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.handover import Batch
+from phenoseq.data.selection import SelectedDataModule, SelectedStore
 from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError, ModelError
@@ -29,6 +29,7 @@ from phenoseq.models.files import load_weights, save_folder
 from phenoseq.models.phenoseq import pool
 from phenoseq.training.augment import augment
 from phenoseq.training.callbacks import WarmEMA
+from phenoseq.training.checkpoints import resumable
 from phenoseq.training.optimiser import adamw, decayed_groups
 
 _STATISTICS_CELLS, _BATCH = 4096, 256
@@ -110,7 +111,7 @@ class _RegressorModule(L.LightningModule):
         """Build the network, and the statistics of the training cells, once."""
         if hasattr(self, "network"):
             return
-        data: StoreDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: SelectedDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         manifest = data.opened.manifest
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -159,8 +160,11 @@ def regressor_folder(store: Store, split_digest: str, config: RegressorConfig) -
 
 
 def _key(store: Store, split_digest: str, config: RegressorConfig) -> str:
-    facts = json.dumps([store.manifest.identity, split_digest, asdict(config)])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    facts = [store.manifest.identity, split_digest, asdict(config)]
+    if isinstance(store, SelectedStore):
+        read, full = ([m.channels, m.genes] for m in (store.manifest, store.full))
+        facts += read if read != full else []
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def train_regressor(
@@ -199,9 +203,16 @@ def train_regressor(
         Where the folder holds the regressor of another store, split or configuration.
     """
     root = Path(folder)
-    data = StoreDataModule(store.path, split, batch_size=config.batch_size, seed=config.seed)
-    data.setup()
     manifest = store.manifest
+    data = SelectedDataModule(
+        store.path,
+        split,
+        config.batch_size,
+        seed=config.seed,
+        channels=manifest.channels,
+        genes=manifest.genes,
+    )
+    data.setup()
     key = _key(store, data.parts.digest, config)
     record = root / "config.json"
     if record.exists():
@@ -233,7 +244,8 @@ def train_regressor(
         ],
     )
     start = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
+    with resumable():
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     regressor = module.network.cpu().float().eval()
     facts = {
         "key": key,

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from phenoseq.data.datamodule import StoreDataModule, StreamDataModule
 from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.errors import ModelError
+from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training.base import TrainingModule
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.checkpoints import (
@@ -26,6 +27,7 @@ from phenoseq.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
     folder_of,
+    resumable,
     steps_done,
 )
 from phenoseq.training.figures import SampleFigures
@@ -153,16 +155,24 @@ def train(args: Sequence[str]) -> Path:
 
 
 def _command_line(args: Sequence[str]) -> _CLI:
-    return _CLI(
-        TrainingModule,
-        StreamDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        args=list(args),
-        run=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-    )
+    try:
+        return _CLI(
+            TrainingModule,
+            StreamDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=list(args),
+            run=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+        )
+    except ValueError as error:  # jsonargparse tells all that the value could have been
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ModuleNotFoundError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise ModelError(f"the settings need a package that is not there: {cause}") from error
 
 
 def _prepared(args: Sequence[str]) -> _CLI:
@@ -187,9 +197,10 @@ def _fitted(cli: _CLI) -> bool:
     """Train, and tell whether memory was enough; if not, the next time takes smaller pieces."""
     last = folder_of(cli.root) / LAST
     try:
-        cli.trainer.fit(
-            cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None
-        )
+        with resumable():
+            cli.trainer.fit(
+                cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None
+            )
         return True
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -251,7 +262,7 @@ def _tells_when_full(trainer: L.Trainer) -> bool:
 
 
 def _export(cli: _CLI, out: Path) -> None:
-    """Save the mean weights of a checkpoint as a model, and say of which."""
+    """Save the mean weights of a checkpoint as a model; say of which, and what it is for."""
     file = folder_of(cli.root) / (BEST if cli.config.export == "best" else LAST)
     if not file.exists():
         raise ModelError(f"{file}: is not there, since nothing was validated; use --export last")
@@ -267,6 +278,11 @@ def _export(cli: _CLI, out: Path) -> None:
         f"mean weights of {file.name}, step {checkpoint['global_step']} "
         f"(val_loss was least, {least['least']:.4g}, at step {least['step']})"
     )
+    if isinstance(model, PhenoSeq):
+        use = f"evaluate --model {out} --store {cli.datamodule.store}"
+    else:
+        use = f"predict CELLS --model {out} --sample COLUMN --out PREDICTION.h5ad"
+    print(f"model in {out}; try: phenoseq {use}")
 
 
 def _say(cli: _CLI, text: str) -> None:

@@ -359,7 +359,7 @@ def test_module_state_is_where_training_is(store):
     second = iter(loader)
     next(second)
     state = data.state_dict()
-    assert state == {"epoch": 1, "start": 1}
+    assert state == {"data": data.digest, "epoch": 1, "start": 1}
     rest, third = list(second), list(loader)
     again = module(store)
     assert again.state_dict() == {}

@@ -16,6 +16,19 @@ from phenoseq.data.store import Store
 from phenoseq.data.storewriter import write_store
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Draw no learning curves, which take a third of a small run; test_logs.py does."""
+    monkeypatch.setattr("phenoseq.training.logs.draw_curves", lambda root: None)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fit the decoder in few steps, and what a model learns about itself to few cells."""
+    monkeypatch.setattr("phenoseq.models.expression._MIN_STEPS", 20)
+    monkeypatch.setattr("phenoseq.training.finalise._CELLS", 64)
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> Store:
     """About 500 cells in 24 wells."""

@@ -22,12 +22,7 @@ SMALL = {
     "simulated_plate": {"components": 6, "hidden": 16},
     "xenium_pancreas": {"components": 6, "hidden": 16, "encoder.backbone": "test_resnet"},
 }
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("phenoseq.models.expression._MIN_STEPS", 20)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 
 
 def arguments(config, store, root, **more):
@@ -54,10 +49,12 @@ def test_there_is_a_test_of_every_config():
 
 
 @pytest.mark.parametrize("config", SMALL)
-def test_config(config, store, embedded, scgenescope, tmp_path):
+def test_config(config, store, embedded, scgenescope, tmp_path, capsys):
     of_samples = config.startswith("scgenescope")
     root = tmp_path / "run"
     out = train(arguments(config, embedded if of_samples else store, root))
+    hint = "predict CELLS" if of_samples else "evaluate"
+    assert f"model in {out}; try: phenoseq {hint} --model {out}" in capsys.readouterr().out
     metrics = pd.read_csv(root / "metrics.csv")
     for name in ("val_loss", "val_pcc_gene", "val_e_distance", "val_variance_ratio"):
         assert np.isfinite(metrics[name].dropna()).all()
@@ -67,7 +64,8 @@ def test_config(config, store, embedded, scgenescope, tmp_path):
     model = phenoseq.load_model(out)
     how = {"model": model, "n_samples": 2, "device": "cpu"}
     if not of_samples:
-        assert phenoseq.predict(store.path, **how).shape == (len(store), 60)
+        known = {k: getattr(store.manifest, k) for k in ("channels", "pixel_size")}
+        assert phenoseq.predict(store.take(np.arange(20)), **known, **how).shape == (20, 60)
         return
     record = model.config.origin if "published" in config else model.config.training
     assert record.split["declared"]["test_he"] == ["1", "2"]
@@ -112,7 +110,7 @@ def test_a_run_on_samples_that_was_stopped_goes_on(embedded, tmp_path, monkeypat
     """In the middle of an epoch, of a network with dropout."""
     name, more = "scgenescope_published", {"trainer.max_epochs": 2, "data.batch_size": 6}
     more["trainer.limit_train_batches"] = 1.0
-    more["trainer.precision"] = "32-true"
+    more |= {"trainer.precision": "32-true", "model.sample_every": 9, "data.n_images": 4}
     whole = train(arguments(name, embedded, tmp_path / "whole", **more))
     step = base.TrainingModule.training_step
 
@@ -122,7 +120,7 @@ def test_a_run_on_samples_that_was_stopped_goes_on(embedded, tmp_path, monkeypat
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(base.TrainingModule, "training_step", fail)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    with pytest.raises(KeyboardInterrupt):
         train(arguments(name, embedded, tmp_path / "stopped", **more))
     monkeypatch.undo()
     again = train(arguments(name, embedded, tmp_path / "stopped", **more))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,6 +29,7 @@ from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.files import digest_of_model
 from phenoseq.training import finetune as module_of
+from phenoseq.training.baselines import BASELINES
 from phenoseq.training.cache import TokenStream, cache_tokens
 from phenoseq.training.finetune import FinetuneData, FinetuneModule
 from phenoseq.training.module import PhenoSeqModule
@@ -112,8 +114,6 @@ def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_p
     assert np.mean(record.reliability) > 0.05
     prediction = phenoseq.predict(store.path, model=again, n_samples=4, device="cpu")
     assert 0.5 < np.median(prediction.obs["ood_score"]) < 2
-    scores = phenoseq.evaluate(again, store.path, device="cpu")
-    assert np.isfinite(scores[0].pcc_gene_median)
 
 
 def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monkeypatch):
@@ -124,6 +124,7 @@ def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monke
             name: loss + 9 * self.current_epoch for name, loss in losses_of(self, batch).items()
         },
     )  # fmt: skip
+    monkeypatch.setattr(module_of, "PATIENCE", 2)
     new = tuned(base, store, tmp_path / "new", epochs=12, freeze="all-but-head").state_dict()
     assert len(losses(tmp_path / "new.run")) == module_of.PATIENCE + 1  # and then it stopped
     files = tmp_path / "new.run" / "checkpoints"
@@ -183,7 +184,8 @@ def test_only_training_cells_are_trained_on(base, store, no_training):
 # --------------------------------------------------------------------------------- genes and stains
 
 
-def test_some_genes_and_stains_of_a_store(base, store, no_training):
+def test_some_genes_and_stains_of_a_store(base, store, no_training, tmp_path, monkeypatch):
+    """The model is of these alone, and predicts and is scored on a store that holds more."""
     genes = [*store.manifest.genes[3:20], store.manifest.symbols[40]]
     stains = store.manifest.channels[1:3]
     new = tuned(base, store, genes=genes, channels=stains)
@@ -193,9 +195,17 @@ def test_some_genes_and_stains_of_a_store(base, store, no_training):
     made = phenoseq.predict(crops, model=new, channels=stains, pixel_size=store.manifest.pixel_size,
                             n_samples=2, device="cpu")  # fmt: skip
     assert made.shape == (4, 18)
+    monkeypatch.setitem(sys.modules, "umap", None)  # which takes long to import
+    how = {"out": tmp_path / "scores", "regressor": tmp_path / "regressor", "epochs": 1}
+    scores = phenoseq.evaluate(new, store.path, n_samples=2, device="cpu", **how)
+    assert [s.name for s in scores] == ["this model", *BASELINES.values()]
+    assert all(np.isfinite(s.pcc_gene_median) for s in scores[2:])
+    truth = ad.read_zarr(tmp_path / "scores" / "truth.zarr")
+    assert truth.var_names.tolist() == list(new.config.expression.genes)
+    assert truth.X.sum(axis=1).min() >= 20
     with pytest.raises(DataError, match="for example"):
         tuned(base, store, channels=["DAPPI"])
-    with pytest.raises(DataError, match="have no 'NOGENE'"):
+    with pytest.raises(DataError, match=r"lack 1 of the 1 wanted, \['NOGENE'\]"):
         tuned(base, store, genes=["NOGENE"])
     with pytest.raises(DataError, match="each once"):
         tuned(base, store, channels=["DNA", "DAPI"])
@@ -288,7 +298,7 @@ def test_the_command(folder, store, tmp_path, capsys, no_training):
     assert main([str(a) for a in args]) == 0
     said = capsys.readouterr().out
     assert "30 shared" in said
-    assert f"model in {out}" in said
+    assert f"model in {out}; try: phenoseq evaluate --model {out} --store {store.path}" in said
     assert phenoseq.load_model(out).config.image.channels == ("DNA", "RNA")
     assert main([str(a) for a in args]) == 1
     assert "exists already" in capsys.readouterr().err
@@ -396,13 +406,13 @@ def slow(self, batch, batch_idx):
     print(self.current_epoch, batch_idx, flush=True)
     return step(self, batch, batch_idx)
 FinetuneModule.training_step = slow
-phenoseq.finetune(sys.argv[1], sys.argv[2], out=sys.argv[3], epochs=3, device="cpu",
+phenoseq.finetune(sys.argv[1], sys.argv[2], out=sys.argv[3], epochs=2, device="cpu",
                   split=SplitConfig(by="Metadata_Well", block=None, test=0.2))
 """
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store, tmp_path):
-    tuned(folder, store, tmp_path / "whole", epochs=3)
+    tuned(folder, store, tmp_path / "whole")
     args = [sys.executable, "-c", _RUN, str(folder), str(store.path), str(tmp_path / "killed")]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -412,7 +422,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / "killed.run" / "tokens").exists()
-    tuned(folder, store, tmp_path / "killed", epochs=3)
+    tuned(folder, store, tmp_path / "killed")
     whole, killed = (phenoseq.load_model(tmp_path / n).state_dict() for n in ("whole", "killed"))
     for name, tensor in whole.items():
         torch.testing.assert_close(killed[name], tensor, rtol=1e-4, atol=1e-5)

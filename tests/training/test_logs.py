@@ -7,10 +7,16 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from phenoseq.errors import ModelError
 from phenoseq.training.train import train
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 EACH = {"trainer.log_every_n_steps": 1}
+
+
+@pytest.fixture
+def no_curves():
+    """Draw them, here."""
 
 
 def test_csv_tensorboard_and_curves_by_default(arguments, tmp_path, capsys):
@@ -56,6 +62,19 @@ def test_a_logger_of_choice_is_taken(arguments, tmp_path):
     pd.testing.assert_series_equal(mine["train_loss"], table["train_loss"])
     assert not (run / "tensorboard").exists()
     assert (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["WandbLogger", "MLFlowLogger"])
+def test_a_logger_whose_package_is_not_there_is_named(arguments, name, monkeypatch):
+    """The settings are read; then it says what to install."""
+    module, flag = {
+        "WandbLogger": ("wandb", "_WANDB_AVAILABLE"),
+        "MLFlowLogger": ("mlflow", "_MLFLOW_AVAILABLE"),
+    }[name]
+    monkeypatch.setattr(f"lightning.pytorch.loggers.{module}.{flag}", None)
+    chosen = {"trainer.logger": f"lightning.pytorch.loggers.{name}"}
+    with pytest.raises(ModelError, match="need a package that is not there"):
+        train(arguments(**chosen))
 
 
 def test_best_or_last(arguments, tmp_path, capsys):

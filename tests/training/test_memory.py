@@ -14,6 +14,7 @@ from phenoseq.training.module import PhenoSeqModule
 from phenoseq.training.train import train
 
 quiet = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def noise_of_a_cell(self, batch, generator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 import phenoseq
 from phenoseq.cli import main
-from phenoseq.errors import ModelError
+from phenoseq.errors import DataError, ModelError
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training.baselines import BASELINES
 from phenoseq.training.module import PhenoSeqModule
@@ -73,21 +74,21 @@ def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypat
 
 
 @quiet
-def test_a_run_that_was_stopped_goes_on(arguments, tmp_path, weights, monkeypatch):
-    train(arguments("whole", epochs=3))
+def test_a_run_that_was_stopped_goes_on(arguments, tmp_path, weights, monkeypatch, capsys):
+    train(arguments("whole"))
     step = PhenoSeqModule.training_step
 
     def fail(self, batch, batch_idx):
-        if self.current_epoch == 2 and batch_idx == 3:
+        if self.current_epoch == 1 and batch_idx == 3:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(PhenoSeqModule, "training_step", fail)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        train(arguments("stopped", epochs=3))
-    monkeypatch.undo()
+    assert main(["train", *arguments("stopped")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(PhenoSeqModule, "training_step", step)
     assert not (tmp_path / "stopped" / "model").exists()
-    train(arguments("stopped", epochs=3))
+    train(arguments("stopped"))
     whole, stopped = (weights(tmp_path / root / "model") for root in ("whole", "stopped"))
     for name, tensor in whole.items():
         torch.testing.assert_close(stopped[name], tensor, rtol=1e-4, atol=1e-5)
@@ -96,24 +97,38 @@ def test_a_run_that_was_stopped_goes_on(arguments, tmp_path, weights, monkeypatc
     )
 
 
+FEW = {"trainer.limit_train_batches": 3, "data.max_val": 40}
+
+
 @quiet
+@pytest.mark.usefixtures("quick")
 def test_equal_seeds_give_equal_models(arguments, tmp_path, weights):
-    train(arguments("a", epochs=1))
-    train(arguments("b", epochs=1))
-    train(arguments("c", epochs=1, seed_everything=1))
+    train(arguments("a", epochs=1, **FEW))
+    train(arguments("b", epochs=1, **FEW))
+    train(arguments("c", epochs=1, seed_everything=1, **FEW))
     a, b, c = (weights(tmp_path / root / "model") for root in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["denoiser.inward.weight"], c["denoiser.inward.weight"])
 
 
 @quiet
-def test_another_run_in_the_same_folder_is_refused(arguments):
-    train(arguments(epochs=1))
+@pytest.mark.usefixtures("quick")
+def test_another_run_in_the_same_folder_is_refused(arguments, store, tmp_path):
+    """Other settings, or another store in the place of the old one."""
+    path = tmp_path / "plate.zarr"
+    shutil.copytree(store.path, path)
+    how = {"data.store": path, **FEW}
+    train(arguments(epochs=1, **how))
     with pytest.raises(ModelError, match="holds a run with other settings"):
-        train(arguments(epochs=1, **{"model.lr": 0.01}))
+        train(arguments(epochs=1, **how, **{"model.lr": 0.01}))
+    facts = path / "zarr.json"
+    facts.write_text(facts.read_text().replace(store.manifest.identity, "0" * 64))
+    with pytest.raises(DataError, match="than when this run began"):
+        train(arguments(epochs=1, **how))
 
 
 @quiet
+@pytest.mark.usefixtures("quick")
 def test_training_sees_the_training_part_alone(arguments, store, tmp_path, monkeypatch):
     seen = set()
     step = PhenoSeqModule.training_step
@@ -134,8 +149,9 @@ def test_training_sees_the_training_part_alone(arguments, store, tmp_path, monke
 
 
 @quiet
+@pytest.mark.usefixtures("quick")
 def test_bfloat16_on_the_cpu(arguments, tmp_path, weights):
-    train(arguments(epochs=1, **{"trainer.precision": "bf16-mixed"}))
+    train(arguments(epochs=1, **FEW, **{"trainer.precision": "bf16-mixed"}))
     state = weights(tmp_path / "run" / "model")
     assert all(t.dtype == torch.float32 for t in state.values())
     assert all(bool(torch.isfinite(t).all()) for t in state.values())
