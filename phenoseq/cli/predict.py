@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from phenoseq.cli.options import EIGHT_BIT, EXTRACTOR, FORMAT, Commands, add_sampling, open_told, tell_left_out
+from phenoseq.cli.options import (
+    EIGHT_BIT,
+    EXTRACTOR,
+    FORMAT,
+    Commands,
+    add_sampling,
+    open_told,
+    tell_left_out,
+)
 
 
 def add_predict(commands: Commands) -> None:

@@ -94,6 +94,7 @@ def open_inputs(
         return _from_array(source, image, channels, pixel_size)
     if channels is not None:
         raise DataError("'channels' names the channels of an array; this source names its own")
+    given = None if cells is None else _given(cells)
     if isinstance(source, str | Path):
         if _is_folder(source):
             source = open_source(source, format=format, pixel_size=pixel_size, cells=cells is None)
@@ -108,7 +109,7 @@ def open_inputs(
                 "positions, give the folder of images"
             )
         return _from_store(source, image, np.arange(len(source)) if rows is None else rows)
-    return _from_source(source, image, cells)
+    return _from_source(source, image, given)
 
 
 def _is_folder(source: Any) -> bool:
@@ -117,11 +118,11 @@ def _is_folder(source: Any) -> bool:
 
 
 def _from_source(
-    source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
+    source: Source, image: ImageConfig, given: tuple[pd.DataFrame, str] | None
 ) -> Inputs:
     unread: list[str] = []
-    if cells is not None:
-        source, unread = place_cells(source, *_given(cells))
+    if given is not None:
+        source, unread = place_cells(source, *given)
     away = outside(source)
     skipped = tuple(source.obs.index[away])
     source = replace(source, obs=source.obs[~away], counts=None, var=None)
@@ -156,7 +157,7 @@ def _from_source(
     return Inputs(
         source.name,
         source.identity,
-        source.obs if cells is not None else source.obs[known_columns(source.obs)],
+        source.obs if given is not None else source.obs[known_columns(source.obs)],
         tuple(placed),
         source.dtype,
         gain,

@@ -142,9 +142,13 @@ def place_cells(source: Source, obs: pd.DataFrame, where: str) -> tuple[Source, 
             continue
         well = name.rpartition("-s")[0]  # a plate may lack all of it
         known = broken.pop(name, None) or broken.get(well)
-        reason = known.reason if known else (
-            f"{where} has cells there, but there is no image of it, only of "
-            f"{list(source.fields)[:3]} and so on"
+        reason = (
+            known.reason
+            if known
+            else (
+                f"{where} has cells there, but there is no image of it, only of "
+                f"{list(source.fields)[:3]} and so on"
+            )
         )
         lost.add(rows, Problem(name, reason, len(rows)))
     lost.tell()
