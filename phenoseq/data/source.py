@@ -142,7 +142,7 @@ def digest_of(
     """Return the ``identity`` of a source: a digest of pixel size, cells, genes and counts."""
     digest = hashlib.sha256(f"{pixel_size:.6f}".encode())
     digest.update("\n".join(obs.index).encode())
-    if obs["field"].nunique() > 1:
+    if len(set(obs["field"])) > 1:
         digest.update("\n".join(obs["field"].astype(str)).encode())
     digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
     if counts is not None and var is not None:

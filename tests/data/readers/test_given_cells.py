@@ -111,7 +111,7 @@ def image_of(source):
 @pytest.mark.parametrize("layout", ["folder", "ome-zarr", "ome-tiff", "jump"])
 def test_images_without_cells_of_their_own(layout, tmp_path, fake, image_folder):
     folder, pixel_size = bare(layout, tmp_path, fake, image_folder)
-    with pytest.raises(DataError, match="cell|nuclei"):
+    with pytest.raises(DataError, match=r"cell|nuclei"):
         open_source(folder, pixel_size=pixel_size)
     source = open_source(folder, pixel_size=pixel_size, cells=False)
     assert source.kind == layout
