@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, PhenoseqWarning
 
 #: Canonical name -> aliases, compared without case, spaces and punctuation.
 STAINS: dict[str, tuple[str, ...]] = {
@@ -76,20 +77,28 @@ def match_channels(have: Sequence[str], want: Sequence[str], where: str) -> list
 
     Returns
     -------
-    For each channel of the model the index of it in ``have``, or None where it is missing.
+    For each channel of the model the index of it in ``have``, or None where it is missing. Where
+    none is missing, others that the images have are not used, with a warning.
 
     Raises
     ------
     DataError
-        Where the images have a stain that the model does not know, or none that it knows.
+        Where the images lack a stain of the model and have one that it does not know, which may be
+        that one by another name; or have none that it knows.
     """
     unknown = [name for name in have if name not in want]
-    if unknown:
+    placed = [have.index(name) if name in have else None for name in want]
+    if unknown and None in placed:
         raise DataError(
             f"{where}: the model does not know the stain(s) {unknown}; it knows {list(want)}. "
             "Drop these channels or, if they go by another name there, rename them"
         )
-    placed = [have.index(name) if name in have else None for name in want]
+    if unknown:
+        warnings.warn(
+            f"{where}: the model does not know the stain(s) {unknown}; they are not used",
+            PhenoseqWarning,
+            stacklevel=4,
+        )
     if all(place is None for place in placed):
         raise DataError(f"{where}: none of the model's stains {list(want)} are among {list(have)}")
     return placed

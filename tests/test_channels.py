@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phenoseq.channels import STAINS, canonical, canonical_channels, match_channels
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, PhenoseqWarning
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,12 @@ def test_match_places_by_name():
 def test_match_with_an_unknown_stain():
     with pytest.raises(DataError, match=r"my plate: the model does not know .*\['CD8'\].*'DNA'"):
         match_channels(["DNA", "CD8"], ["DNA", "ER"], "my plate")
+
+
+def test_match_of_more_stains_than_the_model_has():
+    with pytest.warns(PhenoseqWarning, match=r"my plate: .*\['Brightfield'\]; they are not used"):
+        placed = match_channels(["DNA", "Brightfield", "ER"], ["ER", "DNA"], "my plate")
+    assert placed == [2, 0]
 
 
 def test_match_of_nothing():

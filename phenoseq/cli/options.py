@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -36,6 +36,15 @@ def open_told(options: argparse.Namespace) -> Source:
     source = open_source(options.source, format=reader.name, pixel_size=options.pixel_size)
     print(f"{len(source.obs):,} cells, stains {', '.join(source.channels)}")
     return source
+
+
+def tell_left_out(record: Mapping[str, Any]) -> None:
+    """Print what a prediction lacks; ``record`` is its ``uns["phenoseq"]``."""
+    skipped = len(record.get("skipped_cells", ()))
+    if skipped:
+        print(f"  cells left out, outside their image or not readable: {skipped:,}")
+    for problem in record.get("problems", ()):
+        print(f"  left out, {problem}")
 
 
 def tell_problems(problems: Iterable[dict[str, Any]]) -> None:

@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from phenoseq.cli.options import EIGHT_BIT, EXTRACTOR, FORMAT, Commands, add_sampling, open_told
+from phenoseq.cli.options import (
+    EIGHT_BIT,
+    EXTRACTOR,
+    FORMAT,
+    Commands,
+    add_sampling,
+    open_told,
+    tell_left_out,
+)
 
 
 def add_predict(commands: Commands) -> None:
@@ -119,6 +127,7 @@ def _predict(options: argparse.Namespace) -> int:
         print(f"{options.out}: {result.n_obs:,} bags, {what}")
     else:
         print(f"{options.out}: {result.n_obs:,} cells, {result.n_vars} genes")
+    tell_left_out(result.uns["phenoseq"])
     return 0
 
 
@@ -168,6 +177,7 @@ def _embed(options: argparse.Namespace) -> int:
     )
     n = len(made.uns["phenoseq"]["channels"])
     print(f"{options.out}: {made.n_obs:,} cells, {n} channels, {made.n_vars // n:,} numbers each")
+    tell_left_out(made.uns["phenoseq"])
     return 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phenoseq.cli.options import FORMAT, Commands, open_told, tell_problems
 
 if TYPE_CHECKING:
+    from phenoseq.data.backed import Cells
     from phenoseq.data.source import Source
 
 
@@ -51,15 +54,34 @@ def add_prepare(commands: Commands) -> None:
     prepare.set_defaults(run=_prepare)
 
 
+#: Options that say something of the RNA, of pairing by sample, and of pairing cells only.
+_OF_RNA = ("layer", "genes", "report", "max_distance", "pair_by")
+_OF_SAMPLES = ("sample_columns", "embedding", "rna_values")
+_OF_CELLS = ("max_distance",)
+
+
 def _prepare(options: argparse.Namespace) -> int:
-    from phenoseq.data.storewriter import write_store
+    from phenoseq.data.backed import Cells
+    from phenoseq.data.storewriter import check_target, write_store
+    from phenoseq.errors import DataError
     from phenoseq.progress import bar
 
+    check_target(Path(options.store), overwrite=options.overwrite)
     if options.pair_by == "sample":
+        _refuse(options, _OF_CELLS, "without pairing by id or centroid")
         return _prepare_samples(options)
+    _refuse(options, _OF_SAMPLES, "without --pair-by sample")
+    if not options.rna:
+        _refuse(options, _OF_RNA, "without --rna RNA.h5ad")
+    if _is_features(options):
+        raise DataError(
+            f"{options.source}: a table of features, which is paired by sample: --pair-by sample "
+            "--sample-columns A,B --rna RNA.h5ad"
+        )
+    rna = Cells(options.rna) if options.rna else None
     source = _open(options)
-    if options.rna:
-        source = _join_counts(source, options)
+    if rna is not None:
+        source = _join_counts(source, rna, options)
     with bar("cutting crops") as progress:
         store = write_store(
             source,
@@ -81,6 +103,31 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """Refuse options that would be passed over."""
+    from phenoseq.errors import DataError
+
+    usual = {"rna_values": "counts", "pair_by": "id"}
+    for name in names:
+        if getattr(options, name) != usual.get(name):
+            raise DataError(f"--{name.replace('_', '-')} means nothing {where}; leave it out")
+
+
+def _is_features(options: argparse.Namespace) -> bool:
+    """Tell whether the source is AnnData, and no folder of images that has some beside them."""
+    from phenoseq.data.backed import is_anndata
+    from phenoseq.data.readers import find_reader
+    from phenoseq.errors import DataError
+
+    if options.format is not None or not is_anndata(options.source):
+        return False
+    try:
+        find_reader(options.source)
+    except DataError:
+        return True
+    return False
+
+
 def _open(options: argparse.Namespace) -> Source:
     from phenoseq.data.metadata import add_metadata, read_metadata
 
@@ -91,14 +138,13 @@ def _open(options: argparse.Namespace) -> Source:
     return source
 
 
-def _join_counts(source: Source, options: argparse.Namespace) -> Source:
-    from phenoseq.data.backed import Cells
+def _join_counts(source: Source, rna: Cells, options: argparse.Namespace) -> Source:
     from phenoseq.data.pairing import join_counts
     from phenoseq.genes import read_gene_list
 
     joined, pairing, matches = join_counts(
         source,
-        Cells(options.rna),
+        rna,
         by=options.pair_by,
         max_distance=options.max_distance,
         key=f"layers/{options.layer}" if options.layer else "X",
@@ -112,7 +158,7 @@ def _join_counts(source: Source, options: argparse.Namespace) -> Source:
 
 
 def _prepare_samples(options: argparse.Namespace) -> int:
-    from phenoseq.data.backed import Cells, is_anndata
+    from phenoseq.data.backed import Cells
     from phenoseq.data.samplewriter import RnaConfig, write_sample_store
     from phenoseq.errors import DataError
     from phenoseq.genes import read_gene_list
@@ -120,7 +166,8 @@ def _prepare_samples(options: argparse.Namespace) -> int:
 
     if not options.rna:
         raise DataError("pairing by sample needs the RNA: --rna RNA.h5ad")
-    if options.format is None and is_anndata(options.source):
+    rna = Cells(options.rna)
+    if _is_features(options):
         if options.metadata:
             raise DataError("--metadata goes with images; AnnData tells of its cells in obs")
         images: Source | Cells = Cells(options.source)
@@ -129,7 +176,7 @@ def _prepare_samples(options: argparse.Namespace) -> int:
     with bar("writing cells") as progress:
         store, pairing = write_sample_store(
             images,
-            Cells(options.rna),
+            rna,
             options.store,
             columns=options.sample_columns.split(",") if options.sample_columns else [],
             config=RnaConfig(

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,8 @@ class Source:
         Hex digest that changes when cells, counts or pixel size change.
     problems
         What is left out because it could not be read; neither ``fields`` nor ``obs`` has it.
+    about
+        ``Metadata_*`` of each field, where the images tell them.
     """
 
     kind: str
@@ -117,6 +120,7 @@ class Source:
     var: pd.DataFrame | None
     identity: str
     problems: tuple[Problem, ...] = ()
+    about: Mapping[str, Mapping[str, str]] = dataclass_field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -138,7 +142,7 @@ def digest_of(
     """Return the ``identity`` of a source: a digest of pixel size, cells, genes and counts."""
     digest = hashlib.sha256(f"{pixel_size:.6f}".encode())
     digest.update("\n".join(obs.index).encode())
-    if (obs["field"] != obs["field"].iloc[0]).any():
+    if len(set(obs["field"])) > 1:
         digest.update("\n".join(obs["field"].astype(str)).encode())
     digest.update(obs[["x_centroid", "y_centroid"]].to_numpy("<f8").tobytes())
     if counts is not None and var is not None:

@@ -77,8 +77,8 @@ def write_store(
     path = Path(path)
     if source.counts is None or source.var is None:
         raise DataError(
-            f"{source.name}: no count matrix, so there is nothing to train on; to predict, give "
-            "this source to 'phenoseq predict' as it is"
+            f"{source.name}: no count matrix, so there is nothing to train on; RNA may come from "
+            "another file (--rna RNA.h5ad); to predict, give this source to 'phenoseq predict'"
         )
     check_ids(source)
     check_target(path, overwrite=overwrite)

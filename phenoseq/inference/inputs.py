@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from phenoseq.channels import canonical_channels, match_channels
 from phenoseq.data.crops import CropBatch, crop_order, iter_crops, outside, resample
 from phenoseq.data.readers import open_source, read_cells
-from phenoseq.data.readers.cells import check_cells
+from phenoseq.data.readers.cells import check_cells, place_cells
 from phenoseq.data.source import Source
 from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError
@@ -48,6 +48,8 @@ class Inputs:
         that of the training images.
     skipped
         Cells that cannot be predicted since they lie outside the image.
+    unread
+        Cells of the user's table whose field could not be read.
     problems
         Fields that could not be read, each with the reason.
     order
@@ -64,6 +66,7 @@ class Inputs:
     dtype: np.dtype[Any]
     gain: NDArray[np.float32]
     skipped: tuple[str, ...]
+    unread: tuple[str, ...]
     problems: tuple[str, ...]
     order: Rows
     crops: Callable[[Rows, int], Iterator[CropBatch | tuple[Rows, str]]]
@@ -91,9 +94,10 @@ def open_inputs(
         return _from_array(source, image, channels, pixel_size)
     if channels is not None:
         raise DataError("'channels' names the channels of an array; this source names its own")
+    given = None if cells is None else _given(cells)
     if isinstance(source, str | Path):
         if _is_folder(source):
-            source = open_source(source, format=format, pixel_size=pixel_size)
+            source = open_source(source, format=format, pixel_size=pixel_size, cells=cells is None)
         else:
             source = Store(source)
     elif pixel_size is not None:
@@ -105,7 +109,7 @@ def open_inputs(
                 "positions, give the folder of images"
             )
         return _from_store(source, image, np.arange(len(source)) if rows is None else rows)
-    return _from_source(source, image, cells)
+    return _from_source(source, image, given)
 
 
 def _is_folder(source: Any) -> bool:
@@ -114,10 +118,11 @@ def _is_folder(source: Any) -> bool:
 
 
 def _from_source(
-    source: Source, image: ImageConfig, cells: str | Path | pd.DataFrame | None
+    source: Source, image: ImageConfig, given: tuple[pd.DataFrame, str] | None
 ) -> Inputs:
-    if cells is not None:
-        source = replace(source, obs=_given(cells, source), counts=None, var=None)
+    unread: list[str] = []
+    if given is not None:
+        source, unread = place_cells(source, *given)
     away = outside(source)
     skipped = tuple(source.obs.index[away])
     source = replace(source, obs=source.obs[~away], counts=None, var=None)
@@ -152,12 +157,13 @@ def _from_source(
     return Inputs(
         source.name,
         source.identity,
-        source.obs if cells is not None else source.obs[known_columns(source.obs)],
+        source.obs if given is not None else source.obs[known_columns(source.obs)],
         tuple(placed),
         source.dtype,
         gain,
         skipped,
-        tuple(map(str, source.problems)),
+        tuple(unread),
+        tuple(f"{p} ({p.cells} cells)" if p.cells else str(p) for p in source.problems),
         crop_order(source, image.pixel_size, image.crop_px),
         crops,
     )
@@ -169,26 +175,19 @@ def known_columns(obs: pd.DataFrame, *more: str | None) -> list[str]:
     return [c for c in obs if c in named or str(c).startswith("Metadata_")]
 
 
-def _given(cells: str | Path | pd.DataFrame, source: Source) -> pd.DataFrame:
-    """Return a user's table of cells, with all its columns as they can be written."""
+def _given(cells: str | Path | pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return a user's table of cells, with all its columns as they can be written, and its name."""
     frame = isinstance(cells, pd.DataFrame)
     obs = check_cells(cells, "the table 'cells'") if frame else read_cells(cells)
     where = "the table 'cells'" if frame else str(cells)
-    if "field" not in obs:
-        if len(source.fields) > 1:
-            raise DataError(
-                f"{where}: {source.name} has several fields; 'cells' needs a column 'field', of "
-                f"{list(source.fields)[:5]} and so on"
-            )
-        obs["field"] = next(iter(source.fields))
     bad = [name for name in obs if not isinstance(name, str) or "/" in name]
     if bad:
         raise DataError(f"{where}: columns {bad}: names of columns are text without '/'")
-    for name in obs.columns.drop("field"):
+    for name in obs.columns.drop("field", errors="ignore"):
         if not pd.api.types.is_numeric_dtype(obs[name]):  # text with holes can be written so
             text = obs[name].astype(object).map(str, na_action="ignore")
             obs[name] = text.astype("category")
-    return obs.assign(field=obs["field"].astype(str))
+    return obs, where
 
 
 def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> Inputs:
@@ -218,6 +217,7 @@ def _from_store(store: Store, image: ImageConfig, rows: NDArray[np.int64]) -> In
         tuple(placed),
         np.dtype(manifest.dtype),
         gain,
+        (),
         (),
         tuple(f"{p['where']}: {p['reason']}" for p in manifest.problems),
         np.argsort(rows, kind="stable"),
@@ -270,7 +270,7 @@ def _from_array(
     digest = hashlib.sha256(f"{name} {array.dtype} {channels} {pixel_size}".encode())
     digest.update(np.ascontiguousarray(array[_some(obs.index)]).tobytes())
     return Inputs(
-        name, digest.hexdigest(), obs, tuple(placed), array.dtype, gain, (), (), order, crops
+        name, digest.hexdigest(), obs, tuple(placed), array.dtype, gain, (), (), (), order, crops
     )
 
 

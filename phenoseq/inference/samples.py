@@ -195,7 +195,7 @@ class _Crops:
             "source_identity": inputs.identity,
             "missing_channels": missing_channels(image, inputs),
             "intensity_gain": [float(gain) for gain in inputs.gain],
-            "skipped_cells": list(inputs.skipped),
+            "skipped_cells": [*inputs.skipped, *inputs.unread],
             "problems": list(inputs.problems),
         }
 

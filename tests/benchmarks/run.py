@@ -30,6 +30,11 @@ def main() -> None:
     bench("Two processes against one", str(HERE / "ddp.py"))
     bench("Gradient checkpointing of the encoder", str(HERE / "recompute.py"))
     bench("predict to a file: memory", str(HERE / "memory.py"))
+    with tempfile.TemporaryDirectory() as where:
+        store = str(Path(where) / "simulated.zarr")
+        simulate = str(HERE.parents[1] / "examples" / "simulate_plate.py")
+        subprocess.run([sys.executable, simulate, store], check=True, stdout=subprocess.DEVNULL)
+        bench("Codec, chunk and shard of 16-bit pixels", str(HERE / "layout.py"), store)
     if not SECTION.is_dir():
         print(f"\nno Xenium section at {SECTION}: the benchmarks on it are left out")
         return

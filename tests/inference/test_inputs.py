@@ -201,7 +201,9 @@ def test_several_fields_need_a_column_field(plate, image, table):
     with pytest.raises(DataError, match="several fields; 'cells' needs a column 'field', of"):
         open_inputs(plate.source, image, cells=obs)
     obs["field"] = "elsewhere"
-    with pytest.raises(DataError, match="the field 'elsewhere', which has no image"):
+    with pytest.raises(
+        DataError, match="elsewhere: the table 'cells' has cells there, but there is no"
+    ):
         open_inputs(plate.source, image, cells=obs)
 
 

@@ -67,6 +67,8 @@ class Reader:
         ``read(path, pixel_size=...)`` returns the source; images are opened, not loaded.
     remote
         Whether both take a URL, as text, as well as a path.
+    bare
+        Whether ``read(..., cells=False)`` opens the images alone, and asks for no cells.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Reader:
     detect: Callable[[Any], str | None]
     read: Callable[..., Source]
     remote: bool = False
+    bare: bool = False
 
 
 #: In the order in which they are tried: the most specific layouts first.
@@ -102,12 +105,14 @@ READERS: tuple[Reader, ...] = (
         omezarr.detect,
         read_omezarr,
         remote=True,
+        bare=True,
     ),
     Reader(
         "jump",
         "Cell Painting Gallery: 'load_data.csv', and the table of nuclei beside it",
         jump.detect,
         read_jump,
+        bare=True,
     ),
     Reader(
         "cellprofiler",
@@ -127,12 +132,14 @@ READERS: tuple[Reader, ...] = (
         "one OME-TIFF image 'NAME.ome.tif' with 'NAME_labels.tif' or 'cells.csv' beside it",
         omefield.detect,
         read_omefield,
+        bare=True,
     ),
     Reader(
         "folder",
         "folder of TIFF images 'FIELD_STAIN.tif', with 'cells.csv', 'masks', or neither",
         folder.detect,
         read_folder,
+        bare=True,
     ),
 )
 
@@ -175,7 +182,11 @@ def find_reader(path: str | Path, format: str | None = None) -> tuple[Reader, st
 
 
 def open_source(
-    path: str | Path, *, format: str | None = None, pixel_size: float | None = None
+    path: str | Path,
+    *,
+    format: str | None = None,
+    pixel_size: float | None = None,
+    cells: bool = True,
 ) -> Source:
     """Open images and cells with the reader that knows their layout.
 
@@ -187,6 +198,9 @@ def open_source(
         Name of a reader, where the layout should not be guessed.
     pixel_size
         Micrometres a pixel at full resolution, where the source does not say.
+    cells
+        False where cells come from elsewhere: then those of the source are not read, and need not
+        be there, unless its layout has images and cells as one.
 
     Raises
     ------
@@ -195,7 +209,8 @@ def open_source(
         reader.
     """
     reader, _ = find_reader(path, format)
-    return reader.read(place_of(path), pixel_size=pixel_size)
+    options = {} if cells or not reader.bare else {"cells": False}
+    return reader.read(place_of(path), pixel_size=pixel_size, **options)
 
 
 def _check_reach(reader: Reader, source: Path | str) -> None:

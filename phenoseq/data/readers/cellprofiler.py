@@ -104,6 +104,7 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
     size = _pixel_size(path, sizes, pixel_size)
     obs = obs[obs["field"].isin(list(found))].copy()
     obs[["x_centroid", "y_centroid"]] = (obs[["x_centroid", "y_centroid"]] + 0.5) * size
+    known = [f"Metadata_{key}" for key in _KEYS if f"Metadata_{key}" in obs]
     return Source(
         kind="cellprofiler",
         name=str(folder),
@@ -114,6 +115,7 @@ def read_cellprofiler(folder: Path, *, pixel_size: float | None = None) -> Sourc
         var=None,
         identity=digest_of(size, obs),
         problems=problems,
+        about=obs.drop_duplicates("field").set_index("field")[known].to_dict("index"),
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from phenoseq.data.readers.filenames import plain
+from phenoseq.data.source import Lost, Problem, Source
 from phenoseq.errors import DataError
 
 CENTROID = ["x_centroid", "y_centroid"]
@@ -34,6 +37,12 @@ def read_cells(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     table = read_table(path)
     return check_cells(table, str(path))
+
+
+def no_cells() -> pd.DataFrame:
+    """Return a table of cells without any, for images whose cells come from elsewhere."""
+    index = pd.Index([], dtype=object, name="cell_id")
+    return pd.DataFrame({"field": [], **{name: [] for name in CENTROID}}, index=index)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -92,3 +101,62 @@ def check_cells(table: pd.DataFrame, where: str) -> pd.DataFrame:
             f"{list(bad[:3])}; remove these rows"
         )
     return table
+
+
+def place_cells(source: Source, obs: pd.DataFrame, where: str) -> tuple[Source, list[str]]:
+    """Put cells from elsewhere in place of a source's own.
+
+    Parameters
+    ----------
+    source
+        Images, and what is known of them.
+    obs
+        The cells; a column ``field`` says which image each is in, where there are several.
+    where
+        What the table is called in an error.
+
+    Returns
+    -------
+    The source with those cells, which have the ``Metadata_*`` of their field too, and without
+    counts; and the ids of cells whose field cannot be read, which are left out, told in a
+    warning, and counted in ``problems``.
+
+    Raises
+    ------
+    DataError
+        Where ``field`` is missing, or more than a fifth of the cells are in fields without image.
+    """
+    broken = {problem.where: problem for problem in source.problems}
+    if "field" not in obs:
+        if len(source.fields) + len(broken) > 1:
+            raise DataError(
+                f"{where}: {source.name} has several fields; 'cells' needs a column 'field', of "
+                f"{list(source.fields)[:5]} and so on"
+            )
+        obs = obs.assign(field=next(iter(source.fields)))
+    obs = obs.assign(field=obs["field"].map(lambda name: plain(str(name))))
+    lost = Lost(source.name, len(obs))
+    for field, rows in obs.groupby("field", sort=False).indices.items():
+        name = str(field)
+        if name in source.fields:
+            continue
+        well = name.rpartition("-s")[0]  # a plate may lack all of it
+        known = broken.pop(name, None) or broken.get(well)
+        reason = (
+            known.reason
+            if known
+            else (
+                f"{where} has cells there, but there is no image of it, only of "
+                f"{list(source.fields)[:3]} and so on"
+            )
+        )
+        lost.add(rows, Problem(name, reason, len(rows)))
+    lost.tell()
+    there = obs["field"].isin(list(source.fields)).to_numpy()
+    left_out = [str(cell) for cell in obs.index[~there]]
+    obs = obs[there].copy()
+    about = pd.DataFrame.from_dict(dict(source.about), orient="index").reindex(obs["field"])
+    for column in about.columns.difference(obs.columns, sort=False):
+        obs[column] = about[column].fillna("").to_numpy()
+    problems = (*broken.values(), *lost.problems)
+    return replace(source, obs=obs, counts=None, var=None, problems=problems), left_out

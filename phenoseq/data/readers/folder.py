@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from phenoseq.data.readers.cells import CENTROID, check_cells, read_table
+from phenoseq.data.readers.cells import CENTROID, check_cells, no_cells, read_table
 from phenoseq.data.readers.filenames import plain
 from phenoseq.data.readers.images import MASKS, Images, list_images, open_images
 from phenoseq.data.readers.masks import cells_of, read_mask
@@ -26,7 +26,7 @@ def detect(folder: Path) -> str | None:
     return None if first is None else f"it has images such as '{first.relative_to(folder)}'"
 
 
-def read_folder(folder: Path, *, pixel_size: float | None = None) -> Source:
+def read_folder(folder: Path, *, pixel_size: float | None = None, cells: bool = True) -> Source:
     """Read a folder of TIFF images; each is checked once, and read when its pixels are needed.
 
     Cells come from ``cells.csv`` (or ``.parquet``), else from ``masks``, else nuclei are found in
@@ -38,6 +38,8 @@ def read_folder(folder: Path, *, pixel_size: float | None = None) -> Source:
         The folder; see :func:`~phenoseq.data.readers.images.open_images`.
     pixel_size
         Micrometres a pixel, where the files do not say.
+    cells
+        False to open the images alone, for cells from elsewhere.
 
     Raises
     ------
@@ -48,7 +50,9 @@ def read_folder(folder: Path, *, pixel_size: float | None = None) -> Source:
     folder = Path(folder)
     images = open_images(folder, pixel_size)
     tables = [folder / name for name in _CELLS if (folder / name).exists()]
-    if tables:
+    if not cells:
+        obs, problems = no_cells(), images.problems
+    elif tables:
         obs, problems = _from_table(tables[0], images)
     elif (folder / MASKS).is_dir():
         obs, problems = _from_masks(folder, images)
@@ -58,12 +62,13 @@ def read_folder(folder: Path, *, pixel_size: float | None = None) -> Source:
     tell_problems(problems, len(read), str(folder))
     if obs is None:
         obs = _from_nuclei(folder, images)
-    obs = check_cells(obs, str(folder))
+    if cells:
+        obs = check_cells(obs, str(folder))
     metadata = pd.DataFrame.from_dict(images.metadata, orient="index").reindex(obs["field"])
     for name in metadata:
         if name not in obs:
             obs[name] = metadata[name].fillna("").to_numpy()
-    fields = set(obs["field"])
+    fields = set(obs["field"]) if cells else set(images.fields)
     return Source(
         kind="folder",
         name=str(folder),
@@ -74,6 +79,7 @@ def read_folder(folder: Path, *, pixel_size: float | None = None) -> Source:
         var=None,
         identity=digest_of(images.pixel_size, obs, None, None),
         problems=problems,
+        about=images.metadata,
     )
 
 

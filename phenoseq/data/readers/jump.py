@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from phenoseq.channels import canonical_channels
-from phenoseq.data.readers.cells import check_cells
+from phenoseq.data.readers.cells import check_cells, no_cells
 from phenoseq.data.readers.illumination import corrected, open_illumination
 from phenoseq.data.readers.nuclei import KEYS, read_nuclei
 from phenoseq.data.readers.planes import Planes, Probe, probe_fields
@@ -52,7 +52,7 @@ def detect(path: Path) -> str | None:
     return name and f"it has {name!r}"
 
 
-def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
+def read_jump(path: Path, *, pixel_size: float | None = None, cells: bool = True) -> Source:
     """Read a ``load_data.csv`` and the images that it lists, which may be remote.
 
     A field that misses an image on the disk, or has a broken one, is left out with its cells; local
@@ -68,6 +68,8 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
         :func:`~phenoseq.data.readers.nuclei.read_nuclei`.
     pixel_size
         Micrometres a pixel; needed, since no file states it.
+    cells
+        False to open the images alone, for cells from elsewhere.
 
     Raises
     ------
@@ -94,11 +96,12 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
         image = one.field(files[field], channels, size)
         read = _Corrected(image.levels[0].read, [functions.get((plate, s)) for s in stains])
         fields[field] = FieldImage((Level(size, shape, read),), image.dtype)
-    obs, idle = _cells(table, file, size)
-    cells = obs["field"].value_counts()
-    problems = tuple(replace(p, cells=int(cells.get(p.where, 0))) for p in (*lacking, *broken))
+    obs, idle = _cells(table, file, size) if cells else (no_cells(), [])
+    number = obs["field"].value_counts()
+    problems = tuple(replace(p, cells=int(number.get(p.where, 0))) for p in (*lacking, *broken))
     tell_problems(problems, len(fields), str(file))
-    obs = check_cells(obs[obs["field"].isin(fields)].copy(), str(file))
+    if cells:
+        obs = check_cells(obs[obs["field"].isin(fields)].copy(), str(file))
     return Source(
         kind="jump",
         name=str(path),
@@ -109,6 +112,7 @@ def read_jump(path: Path, *, pixel_size: float | None = None) -> Source:
         var=None,
         identity=digest_of(size, obs),
         problems=(*problems, *idle),
+        about=table[_about(table)].to_dict("index"),
     )
 
 
@@ -280,6 +284,10 @@ def _there(place: Place) -> bool:
     return is_url(place) or Path(place).is_file()
 
 
+def _about(table: pd.DataFrame) -> list[str]:
+    return [column for column in table if column.startswith("Metadata_")]
+
+
 def _cells(table: pd.DataFrame, file: Path, size: float) -> tuple[pd.DataFrame, list[Problem]]:
     """Return the nuclei of the fields that are listed, and the fields that are not."""
     nuclei, where = read_nuclei(file.parent)
@@ -308,12 +316,11 @@ def _cells(table: pd.DataFrame, file: Path, size: float) -> tuple[pd.DataFrame, 
         for name, n in names[~listed].value_counts(sort=False).items()
     ]
     nuclei, names = nuclei[listed], names[listed]
-    about = [column for column in table if column.startswith("Metadata_")]
     obs = pd.DataFrame({"field": names.to_numpy()})
     for axis in ("x", "y"):
         pixels = pd.to_numeric(nuclei[axis], errors="coerce").to_numpy(np.float64)
         obs[f"{axis}_centroid"] = (pixels + 0.5) * size
-    for column in about:
+    for column in _about(table):
         obs[column] = table[column].reindex(names).to_numpy()
     obs.index = pd.Index((names + "-" + nuclei["object"]).to_numpy(), dtype=object)
     return check_cells(obs, where), idle

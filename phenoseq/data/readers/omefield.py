@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from phenoseq.data.readers.cells import check_cells, read_cells
+from phenoseq.data.readers.cells import check_cells, no_cells, read_cells
 from phenoseq.data.readers.labels import BLOCK, centroids
 from phenoseq.data.readers.ometiff import OmeTiff, open_ometiff
 from phenoseq.data.readers.scale import pixel_size_of
@@ -25,7 +25,7 @@ def detect(path: Path) -> str | None:
     return name and f"it is a file {name!r}"
 
 
-def read_omefield(path: Path, *, pixel_size: float | None = None) -> Source:
+def read_omefield(path: Path, *, pixel_size: float | None = None, cells: bool = True) -> Source:
     """Read one OME-TIFF, ``NAME.ome.tif``; the image is opened, not loaded.
 
     Cells are those of the table beside it, ``NAME_cells.csv`` or ``cells.csv`` (or ``.parquet``),
@@ -38,6 +38,8 @@ def read_omefield(path: Path, *, pixel_size: float | None = None) -> Source:
         The file.
     pixel_size
         Micrometres a pixel, in place of what the OME-XML states.
+    cells
+        False to open the images alone, for cells from elsewhere.
 
     Raises
     ------
@@ -57,7 +59,9 @@ def read_omefield(path: Path, *, pixel_size: float | None = None) -> Source:
         next((path.parent / n for n in names if (path.parent / n).exists()), None)
         for names in (tables, masks)
     )
-    if table is not None:
+    if not cells:
+        obs = no_cells()
+    elif table is not None:
         obs = read_cells(table).drop(columns="field", errors="ignore")
         obs.insert(0, "field", name)
     elif mask is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from phenoseq.data.readers.cells import check_cells
+from phenoseq.data.readers.cells import check_cells, no_cells
 from phenoseq.data.readers.labels import centroids
 from phenoseq.data.readers.multiscale import (
     Attributes,
@@ -59,7 +59,9 @@ def detect(place: Place) -> str | None:
     return kind and f"its metadata tells of {kind} of OME-Zarr"
 
 
-def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Source:
+def read_omezarr(
+    source: str | Path, *, pixel_size: float | None = None, cells: bool = True
+) -> Source:
     """Read an OME-Zarr plate or image, local or behind a URL; images are opened, not loaded.
 
     Cells are the labels of a label image under ``labels/``: ``cells`` or ``nuclei`` where there
@@ -72,6 +74,8 @@ def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Sour
         Folder, or URL that fsspec knows (``s3://``, ``https://``).
     pixel_size
         Micrometres a pixel at full resolution, in place of what the metadata states.
+    cells
+        False to open the images alone, for cells from elsewhere.
 
     Raises
     ------
@@ -102,12 +106,13 @@ def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Sour
         first = images[0][1]
         size = pixel_size_of(pixel_size, first.pixel_size, first.where)
         _tell_depth(first, tree)
-    obs, without = _cells(tree, images, size)
+    obs, without = _cells(tree, images, size) if cells else (no_cells(), [])
     problems += [*broken, *without]
     lost = {problem.where for problem in problems}
     fields = {spot.name: image.field(size) for spot, image in images if spot.name not in lost}
     tell_problems(problems, len(fields), str(tree.root))
-    obs = check_cells(obs, str(tree.root))
+    if cells:
+        obs = check_cells(obs, str(tree.root))
     return Source(
         kind="ome-zarr",
         name=str(tree.root),
@@ -118,6 +123,7 @@ def read_omezarr(source: str | Path, *, pixel_size: float | None = None) -> Sour
         var=None,
         identity=digest_of(size, obs),
         problems=(*problems, *idle),
+        about={spot.name: spot.metadata for spot, _ in images},
     )
 
 

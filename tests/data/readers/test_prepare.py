@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -102,3 +104,52 @@ def test_format_that_does_not_fit(cellprofiler_folder, tmp_path, format, capsys)
     assert f"read as {format}: as asked for" in out.out
     assert out.err.startswith("error: ")
     assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sample-columns", "A"], "--sample-columns means nothing without --pair-by sample"),
+        (["--embedding", "scGPT"], "--embedding means nothing without --pair-by sample"),
+        (["--rna-values", "expression"], "--rna-values means nothing without --pair-by sample"),
+        (["--genes", "g.txt"], "--genes means nothing without --rna RNA.h5ad"),
+        (["--pair-by", "centroid"], "--pair-by means nothing without --rna RNA.h5ad"),
+        (["--pair-by", "sample", "--max-distance", "5"], "--max-distance means nothing without"),
+        (["--pair-by", "sample"], "pairing by sample needs the RNA: --rna RNA.h5ad"),
+        ([], "no count matrix, .* RNA may come from another file"),
+    ],
+)
+def test_options_that_would_be_passed_over(plate, tmp_path, capsys, options, message):
+    folder = plate(1)
+    assert main(["prepare", str(folder), f"{tmp_path}/s", "--pixel-size", "0.5", *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_is_cheap_is_checked_before_the_images(plate, tmp_path, capsys):
+    folder = str(plate(1))
+    (tmp_path / "s").mkdir()
+    assert main(["prepare", folder, f"{tmp_path}/s", "--pixel-size", "0.5"]) == 1
+    assert main(["prepare", folder, f"{tmp_path}/t", "--rna", f"{tmp_path}/no.h5ad"]) == 1
+    out = capsys.readouterr()
+    assert "exists already and is no store" in out.err
+    assert "no.h5ad: no such file" in out.err
+    assert "read as" not in out.out
+
+
+def test_features_are_paired_by_sample_and_images_may_have_anndata_beside_them(
+    plate, tmp_path, capsys
+):
+    (tmp_path / "features").mkdir()
+    rna = rna_of(pd.DataFrame(index=["a"]), tmp_path / "features" / "one.h5ad")
+    command = ["prepare", str(tmp_path / "features"), f"{tmp_path}/s", "--rna", rna]
+    assert main(command) == 1
+    assert "a table of features, which is paired by sample" in capsys.readouterr().err
+    folder = plate(2)
+    wells = pd.DataFrame({"Metadata_Well": ["A01", "A02"]}, index=["r1", "r2"])
+    rna = rna_of(wells, folder / "rna.h5ad")
+    command = ["prepare", str(folder), f"{tmp_path}/s", "--pixel-size", "0.5", *crops(0.5)]
+    by = ["--rna", rna, "--pair-by", "sample", "--sample-columns", "Metadata_Well"]
+    assert main([*command, *by]) == 0
+    assert "read as folder" in capsys.readouterr().out
+    assert len(SampleStore(tmp_path / "s").samples) == 2
