@@ -123,7 +123,7 @@ class SampleStore:
         DataError
             Where there is none, it is not whole, or it pairs by cell.
         """
-        self.path = Path(path)
+        self.path = on_disk(path)
         if not is_store(self.path):
             raise DataError(
                 f"{self.path}: no phenoseq store; make one with 'phenoseq prepare SOURCE "

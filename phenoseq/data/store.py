@@ -131,7 +131,7 @@ class Store:
         DataError
             Where there is none, or it is not whole.
         """
-        self.path = Path(path)
+        self.path = on_disk(path)
         if not is_store(self.path):
             raise DataError(
                 f"{self.path}: no phenoseq store; make one with "

@@ -27,7 +27,7 @@ from phenoseq.data.crops import crop_order, extents, iter_crops, outside
 from phenoseq.data.csr import CsrWriter
 from phenoseq.data.source import Lost, Problem, Source
 from phenoseq.data.store import SCHEMA_VERSION, Manifest, Store, is_store
-from phenoseq.disk import room_for
+from phenoseq.disk import on_disk, room_for
 from phenoseq.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -74,7 +74,7 @@ def write_store(
         Where the source has no counts, two cells have one id, no cell is left, something is at
         ``path`` or is being written there, too many images cannot be read, or the disk is full.
     """
-    path = Path(path)
+    path = on_disk(path)
     if source.counts is None or source.var is None:
         raise DataError(
             f"{source.name}: no count matrix, so there is nothing to train on; to predict, give "

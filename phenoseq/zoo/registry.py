@@ -127,7 +127,7 @@ _ENTRIES = (
         pixel_size=0.65,
         n_vars=60,
         unit="genes",
-        data="phenoseq.data.simulate (no real cells)",
+        data="simulated cells",
         data_licence="BSD 3-Clause",
         licence="bsd-3-clause",
     ),
