@@ -82,6 +82,11 @@ def match_channels(have: Sequence[str], want: Sequence[str], where: str) -> list
     ------
     DataError
         Where the images have a stain that the model does not know, or none that it knows.
+
+    Examples
+    --------
+    >>> match_channels(["Mito", "DNA"], ["DNA", "RNA", "Mito"], "images")
+    [1, None, 0]
     """
     unknown = [name for name in have if name not in want]
     if unknown:

@@ -29,6 +29,7 @@ from phenoseq.data.arrays import DAMAGED, RowReader, reading
 from phenoseq.data.csr import CsrReader
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import JsonManifest, is_store
+from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
 
 #: The column of ``obs`` that names a cell's sample, in both tables.

@@ -39,6 +39,7 @@ from phenoseq.data.storewriter import (
     write_crops,
     write_element,
 )
+from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
 
 Rows = NDArray[np.int64]

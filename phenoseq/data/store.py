@@ -25,6 +25,7 @@ from scipy import sparse
 
 from phenoseq.data.arrays import DAMAGED, RowReader, reading
 from phenoseq.data.csr import CsrReader
+from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
 
 SCHEMA_VERSION = 1

@@ -22,8 +22,8 @@ def check_out(out: str | Path) -> Path:
     Raises
     ------
     DataError
-        Where it is a URL, its name does not end in ``.h5ad`` or ``.zarr``, its folder cannot be written to, or
-        something other than an AnnData is there.
+        Where it is a URL, its name does not end in ``.h5ad`` or ``.zarr``, its folder cannot be
+        written to, or something other than an AnnData is there.
     """
     path = on_disk(out)
     if path.suffix not in (".h5ad", ".zarr"):

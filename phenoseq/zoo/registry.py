@@ -154,7 +154,14 @@ _ENTRIES = (
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """Return the models that can be loaded by name."""
+    """Return the models that can be loaded by name.
+
+    Examples
+    --------
+    >>> import phenoseq
+    >>> [model.name for model in phenoseq.list_models()]
+    ['xenium-pancreas', 'simulated-plate', 'scgenescope-scgpt']
+    """
     return _ENTRIES
 
 
