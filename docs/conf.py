@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 
 from phenoseq import __version__
-from phenoseq.zoo.registry import find
 
 project = "phenoseq"
 author = "The phenoseq developers"
@@ -28,8 +27,10 @@ nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 nb_render_markdown_format = "myst"  # with tables
-if not find("simulated-plate").sha256:  # its weights are not released yet
-    nb_execution_excludepatterns = ["quickstart.md"]
+
+# Every name of phenoseq that a page or a docstring refers to must be documented.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!phenoseq\b).*")]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -139,6 +139,15 @@ def predict(
         Where the source cannot be used as it is.
     ModelError
         Where there is no such model, or it does not fit.
+
+    Examples
+    --------
+    >>> import phenoseq
+    >>> from phenoseq.data.simulate import simulate_plate
+    >>> plate = simulate_plate(seed=1, wells_per_treatment=1, sites_per_well=1, cells_per_site=4)
+    >>> prediction = phenoseq.predict(plate.source, model="simulated-plate", n_samples=2)
+    >>> prediction.shape, sorted(prediction.layers)
+    ((16, 60), ['draw', 'q05', 'q95', 'std'])
     """
     path = check_out(out) if out is not None else None
     name = str(model) if isinstance(model, str | Path) else ""

@@ -85,6 +85,11 @@ def match_channels(have: Sequence[str], want: Sequence[str], where: str) -> list
     DataError
         Where the images lack a stain of the model and have one that it does not know, which may be
         that one by another name; or have none that it knows.
+
+    Examples
+    --------
+    >>> match_channels(["Mito", "DNA"], ["DNA", "RNA", "Mito"], "images")
+    [1, None, 0]
     """
     unknown = [name for name in have if name not in want]
     placed = [have.index(name) if name in have else None for name in want]

@@ -1,4 +1,4 @@
-"""A full disk, told as what it is."""
+"""Places on the disk: that they are on it, and a full one told as what it is."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def room_for(path: Path, left: str) -> Iterator[None]:
             f"{path}: the disk is full ({free / 1e9:.1f} GB free); {left}. Free some space or name "
             "another place, and run it again"
         ) from error
+
+
+def on_disk(path: str | Path) -> Path:
+    """Return a path to write to, or of a store to read, which cannot be a URL.
+
+    Raises
+    ------
+    DataError
+        Where it is one.
+    """
+    if "://" in str(path):
+        raise DataError(
+            f"{path}: a URL; stores and predictions are files and folders of this machine. Write "
+            "there and copy them, or mount the bucket"
+        )
+    return Path(path)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -149,6 +149,14 @@ def match_genes(
     ------
     DataError
         Where fewer are.
+
+    Examples
+    --------
+    >>> have = gene_table(["ENSG00000141510.11", ""], ["TP53", "MYC"], "have")
+    >>> want = gene_table(["ENSG00000136997", "ENSG00000141510"], ["MYC", "TP53"], "want")
+    >>> match = match_genes(have, want, "have")
+    >>> match.have.tolist(), str(match)
+    ([1, 0], '2 of 2 genes matched, 1 of them by symbol')
     """
     ids = pd.Series(have.index), pd.Series(want.index)
     place = _places(*ids)

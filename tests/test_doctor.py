@@ -31,6 +31,7 @@ def test_what_is_there(told):
     assert "cores" in lines["cpu"]
     assert lines["JPEG2K"] == "there"
     assert lines["xenium"] == "ready"
+    assert lines["https://"] == "ready"
     assert lines["xenium-pancreas"] == "here"
     assert lines["test"] == "installed"
 
@@ -48,7 +49,7 @@ def test_what_is_missing(told, monkeypatch):
     assert status == 1
     assert lines["timm"].startswith("BAD: timm 0.1, phenoseq needs >=1.0")
     assert lines["faiss"].endswith('pip install "phenoseq[faiss]"')
-    assert "https://" in lines["ome-zarr"]
+    assert lines["https://"].startswith("missing: for ome-zarr")
 
 
 def test_a_codec_that_is_missing(told, monkeypatch):

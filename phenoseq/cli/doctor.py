@@ -139,10 +139,10 @@ def _codecs() -> Iterator[Line]:
 def _readers() -> Iterator[Line]:
     from phenoseq.data.readers import READERS
 
-    lacking = [scheme for scheme, package in REMOTE.items() if _problem(package, "")]
     for reader in READERS:
-        advice = ""
-        if reader.remote and lacking:
-            places = " and ".join(f"{scheme}://" for scheme in lacking)
-            advice = f'on disk; for {places} pip install "phenoseq[remote]"'
-        yield reader.name, "ready", advice
+        yield reader.name, "ready", ""
+    use = ", ".join(reader.name for reader in READERS if reader.remote)
+    for scheme, package in REMOTE.items():
+        problem = _problem(package, "")
+        advice = f'for {use}, and images that jump lists; pip install "phenoseq[remote]"'
+        yield f"{scheme}://", "missing" if problem else "ready", advice if problem else ""

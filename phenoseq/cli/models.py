@@ -85,9 +85,8 @@ def _list(options: argparse.Namespace) -> int:
     from phenoseq.zoo.registry import list_models
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    for column in ("predicts", "stains", "pairing", "data", "licence", "size", "here"):
-        table.add_column(column, overflow="fold")
+    for column in ("name", "predicts", "stains", "pairing", "data", "licence", "size", "here"):
+        table.add_column(column, no_wrap=column not in ("stains", "data"))
     for entry in list_models():
         table.add_row(
             entry.name,
@@ -139,20 +138,18 @@ def _card(options: argparse.Namespace) -> int:
 
 
 def _render(console: Console, card: str) -> None:
-    """Show a card as text: its links as addresses, its HTML not at all."""
+    """Show a card as text: links as addresses; not its HTML, nor its metadata for the hub."""
     from rich.markdown import Markdown
-    from rich.text import Text
 
     from phenoseq.zoo.cards import printable, split_front
 
-    front, body = split_front(printable(card))
-    console.print(Text(front.rstrip(), style="dim"))
-    console.print(Markdown(body, hyperlinks=False))
+    console.print(Markdown(split_front(printable(card))[1], hyperlinks=False))
 
 
 def _download(options: argparse.Namespace) -> int:
     from huggingface_hub import constants
 
+    from phenoseq.zoo.cards import weights_folder
     from phenoseq.zoo.describe import told_size
     from phenoseq.zoo.registry import folder_of, to_download
 
@@ -160,6 +157,9 @@ def _download(options: argparse.Namespace) -> int:
         print(f"{entry.name}: {told_size(entry.size)} from the Hugging Face hub")
     folder = folder_of(options.model, download=True)
     print(f"{options.model}: {folder}")
+    if folder.is_relative_to(weights_folder(".")):
+        print("it came with the package: there is nothing to fetch")
+        return 0
     print(
         f"for a machine without network: copy {constants.HF_HOME} there, and set HF_HOME to that "
         "place and HF_HUB_OFFLINE=1"

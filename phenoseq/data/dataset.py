@@ -50,7 +50,7 @@ class EpochStream(IterableDataset[Item]):
         The pass that the next iteration makes, and how many of this rank's batches it leaves out
         since they were given already.
     posted
-        Whether batches go to another process, as parcels; see :class:`BatchLoader`.
+        Whether batches go to another process, as parcels; see ``BatchLoader``.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ from phenoseq.data.arrays import DAMAGED, RowReader, reading
 from phenoseq.data.csr import CsrReader
 from phenoseq.data.splits import Split, SplitConfig, make_split
 from phenoseq.data.store import JsonManifest, is_store
+from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
 
 #: The column of ``obs`` that names a cell's sample, in both tables.
@@ -123,7 +124,7 @@ class SampleStore:
         DataError
             Where there is none, it is not whole, or it pairs by cell.
         """
-        self.path = Path(path)
+        self.path = on_disk(path)
         if not is_store(self.path):
             raise DataError(
                 f"{self.path}: no phenoseq store; make one with 'phenoseq prepare SOURCE "

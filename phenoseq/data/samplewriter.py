@@ -39,6 +39,7 @@ from phenoseq.data.storewriter import (
     write_crops,
     write_element,
 )
+from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -136,7 +137,7 @@ def write_sample_store(
         Where no sample is on both sides, too few genes are there, values are no raw counts,
         something is at ``path``, a file cannot be read, or the disk is full.
     """
-    path = Path(path)
+    path = on_disk(path)
     if isinstance(images, Source):
         check_ids(images)
     check_target(path, overwrite=overwrite)

@@ -111,6 +111,12 @@ def simulate_plate(
     ------
     DataError
         Where a number is too small or too large, or treatments are missing, empty or repeated.
+
+    Examples
+    --------
+    >>> plate = simulate_plate(seed=1, wells_per_treatment=1, sites_per_well=1, cells_per_site=4)
+    >>> len(plate.source.obs), plate.source.channels, plate.rates.shape
+    (16, ('DNA', 'RNA', 'AGP', 'Mito', 'ER'), (16, 60))
     """
     names = (treatments,) if isinstance(treatments, str) else tuple(treatments)
     numbers = {

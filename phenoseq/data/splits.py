@@ -145,6 +145,14 @@ def make_split(
     DataError
         Where ``obs`` lacks the column, a cell has nothing there, or a declared part is there only
         in part.
+
+    Examples
+    --------
+    >>> obs = pd.DataFrame({"Replicate": ["1", "1", "2", "3"]})
+    >>> declared = {"train": ["1"], "val": ["2"], "test": ["3"]}
+    >>> config = SplitConfig(by="Replicate", block=None, declared=declared)
+    >>> make_split(config, obs, crop_width=0, occupied=obs).sizes()
+    {'test': 1, 'train': 2, 'val': 1}
     """
     if config.block is None:
         names = _column(obs, config.by)

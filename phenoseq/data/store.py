@@ -25,6 +25,7 @@ from scipy import sparse
 
 from phenoseq.data.arrays import DAMAGED, RowReader, reading
 from phenoseq.data.csr import CsrReader
+from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -131,7 +132,7 @@ class Store:
         DataError
             Where there is none, or it is not whole.
         """
-        self.path = Path(path)
+        self.path = on_disk(path)
         if not is_store(self.path):
             raise DataError(
                 f"{self.path}: no phenoseq store; make one with "

@@ -27,7 +27,7 @@ from phenoseq.data.crops import crop_order, extents, iter_crops, outside
 from phenoseq.data.csr import CsrWriter
 from phenoseq.data.source import Lost, Problem, Source
 from phenoseq.data.store import SCHEMA_VERSION, Manifest, Store, is_store
-from phenoseq.disk import room_for
+from phenoseq.disk import on_disk, room_for
 from phenoseq.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -73,8 +73,16 @@ def write_store(
     DataError
         Where the source has no counts, two cells have one id, no cell is left, something is at
         ``path`` or is being written there, too many images cannot be read, or the disk is full.
+
+    Examples
+    --------
+    >>> from phenoseq.data.simulate import simulate_plate
+    >>> plate = simulate_plate(seed=1, wells_per_treatment=1, sites_per_well=1, cells_per_site=8)
+    >>> store = write_store(plate.source, "plate.zarr", pixel_size=0.65)
+    >>> store.crops.shape == (len(store), 5, 64, 64), store.table().n_vars
+    (True, 60)
     """
-    path = Path(path)
+    path = on_disk(path)
     if source.counts is None or source.var is None:
         raise DataError(
             f"{source.name}: no count matrix, so there is nothing to train on; RNA may come from "

@@ -17,7 +17,15 @@ Matrix = NDArray[np.floating]
 
 
 def pcc_gene(true: Matrix, predicted: Matrix) -> NDArray[np.float64]:
-    """Return the Pearson correlation over cells of each gene, 0 where either is constant."""
+    """Return the Pearson correlation over cells of each gene, 0 where either is constant.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> true = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])
+    >>> pcc_gene(true, np.array([[0.0, 3.0], [2.0, 3.0], [4.0, 3.0]])).tolist()
+    [1.0, 0.0]
+    """
     a = true - true.mean(axis=0, dtype=np.float64)
     b = predicted - predicted.mean(axis=0, dtype=np.float64)
     norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))

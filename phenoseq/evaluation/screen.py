@@ -115,6 +115,16 @@ def screen(
     ------
     DataError
         Where columns, controls or wells are missing, or no treatment has two wells.
+
+    Examples
+    --------
+    >>> import phenoseq
+    >>> from phenoseq.data.simulate import simulate_plate
+    >>> from phenoseq.evaluation.screen import screen
+    >>> plate = simulate_plate(seed=1, wells_per_treatment=2, sites_per_well=1, cells_per_site=4)
+    >>> prediction = phenoseq.predict(plate.source, model="simulated-plate", n_samples=2)
+    >>> ", ".join(sorted(screen(prediction, control="DMSO").ranking.index))
+    'drugA, drugB, drugC'
     """
     wells = well_profiles(prediction, treatment)
     names = wells.obs[treatment].to_numpy().astype(str)

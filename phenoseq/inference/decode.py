@@ -86,6 +86,17 @@ def decode(
     ------
     DataError
         Where the prediction or the reference cannot be used as it is, or an option is unknown.
+
+    Examples
+    --------
+    >>> import anndata as ad
+    >>> import numpy as np
+    >>> import phenoseq
+    >>> real = ad.AnnData(np.array([[0.0, 4.0], [2.0, 4.0], [9.0, 0.0]]))
+    >>> real.obsm["pca"] = np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 9.0]])
+    >>> predicted = ad.AnnData(np.array([[0.5, 0.0]]))
+    >>> phenoseq.decode(predicted, real, key="pca", k=2).X.tolist()
+    [[1.0, 4.0]]
     """
     for what, value, choices in (
         ("weighting", weighting, get_args(Weighting)),

@@ -12,7 +12,7 @@ import anndata as ad
 import h5py
 import zarr
 
-from phenoseq.disk import room_for
+from phenoseq.disk import on_disk, room_for
 from phenoseq.errors import DataError
 
 
@@ -22,10 +22,10 @@ def check_out(out: str | Path) -> Path:
     Raises
     ------
     DataError
-        Where the name does not end in ``.h5ad`` or ``.zarr``, its folder cannot be written to, or
-        something other than an AnnData is there.
+        Where it is a URL, its name does not end in ``.h5ad`` or ``.zarr``, its folder cannot be
+        written to, or something other than an AnnData is there.
     """
-    path = Path(out)
+    path = on_disk(out)
     if path.suffix not in (".h5ad", ".zarr"):
         raise DataError(f"{path}: name the output OUT.h5ad or OUT.zarr")
     try:

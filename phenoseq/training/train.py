@@ -134,7 +134,7 @@ def train(args: Sequence[str]) -> Path:
     Returns
     -------
     The folder of the trained model, which
-    :func:`~phenoseq.zoo.registry.load_model` reads.
+    :func:`phenoseq.load_model` reads.
 
     Raises
     ------

@@ -215,8 +215,8 @@ def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelE
     elif _caused_by(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         say = (
             "is not in the cache, and HF_HUB_OFFLINE says not to use the network; unset it, or "
-            "fetch the model elsewhere with 'phenoseq models download' and copy that cache, "
-            f"{constants.HF_HOME}"
+            "fetch the model elsewhere with 'phenoseq models download' and copy its cache "
+            f"to {constants.HF_HOME}"
         )
     elif "Consistency check failed" in str(error):
         say = f"the connection broke, and nothing of the file was kept ({first}); try again"
@@ -224,7 +224,7 @@ def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelE
         say = (
             f"cannot be had from {endpoint} ({type(error).__name__}: {first}). Check the network "
             "and its proxy; or fetch the model on another machine with 'phenoseq models download' "
-            f"and copy its cache, {constants.HF_HOME}"
+            f"and copy its cache to {constants.HF_HOME}"
         )
     return ModelError(f"{what}: {say}")
 

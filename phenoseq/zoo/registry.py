@@ -127,7 +127,7 @@ _ENTRIES = (
         pixel_size=0.65,
         n_vars=60,
         unit="genes",
-        data="phenoseq.data.simulate (no real cells)",
+        data="simulated cells",
         data_licence="BSD 3-Clause",
         licence="bsd-3-clause",
     ),
@@ -154,7 +154,14 @@ _ENTRIES = (
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """Return the models that can be loaded by name."""
+    """Return the models that can be loaded by name.
+
+    Examples
+    --------
+    >>> import phenoseq
+    >>> [model.name for model in phenoseq.list_models()]
+    ['xenium-pancreas', 'simulated-plate', 'scgenescope-scgpt']
+    """
     return _ENTRIES
 
 

@@ -757,3 +757,11 @@ def test_broken_counts(store, cut_file, part):
     with pytest.raises(DataError, match=rf"table/X/{part}/c/0, rows 0 to \d+: cannot be read"):
         Store(store.path).counts(np.arange(10))
     Store(store.path).read(0, 10)
+
+
+def test_a_store_lies_on_the_disk(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    for make in (Store, lambda path: small(path, source)):
+        with pytest.raises(DataError, match=r"s3://bucket/s\.zarr: a URL"):
+            make("s3://bucket/s.zarr")
+    assert not list(tmp_path.iterdir())

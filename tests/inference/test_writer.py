@@ -61,6 +61,13 @@ def test_other_suffixes_are_refused(tmp_path, name):
         check_out(tmp_path / name)
 
 
+def test_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"s3://bucket/out\.h5ad: a URL; stores and predictions"):
+        check_out("s3://bucket/out.h5ad")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_folder_is_made(tmp_path):
     path = check_out(tmp_path / "a" / "b" / "out.h5ad")
     write_whole(table(), path)

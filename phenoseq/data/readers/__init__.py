@@ -188,7 +188,7 @@ def open_source(
     pixel_size: float | None = None,
     cells: bool = True,
 ) -> Source:
-    """Open images and cells with the reader that knows their layout.
+    r"""Open images and cells with the reader that knows their layout.
 
     Parameters
     ----------
@@ -207,6 +207,17 @@ def open_source(
     DataError
         Where the source is missing or broken, no reader knows its layout, or there is no such
         reader.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import tifffile
+    >>> Path("images").mkdir()
+    >>> tifffile.imwrite("images/field1_DAPI.tif", np.zeros((64, 64), np.uint16))
+    >>> _ = Path("images/cells.csv").write_text("cell_id,field,x,y\nc1,field1,20,30\n")
+    >>> source = open_source("images", pixel_size=0.5)
+    >>> source.kind, source.channels, source.obs["x_centroid"].item()
+    ('folder', ('DNA',), 10.25)
     """
     reader, _ = find_reader(path, format)
     options = {} if cells or not reader.bare else {"cells": False}
