@@ -90,8 +90,8 @@ class Window:
         size = self._sizes(rows)
         values = stored(self._first[at], size)
         counts[:] = 0
-        row = np.repeat(np.arange(len(rows)), size)
-        counts[row, self._columns[values]] = self._values[values]
+        begins = np.repeat(np.arange(0, counts.size, counts.shape[1]), size)
+        counts.reshape(-1)[begins + self._columns[values]] = self._values[values]
 
     def _sizes(self, rows: Rows) -> Rows:
         return self._counts.indptr[rows + 1] - self._counts.indptr[rows]
