@@ -102,6 +102,17 @@ def split_front(text: str) -> tuple[str, str]:
     return (match[1], text[match.end() :]) if match else ("", text)
 
 
+def metadata(text: str, name: str) -> dict[str, Any]:
+    """Return the metadata of a card; :class:`ModelError` where they are broken."""
+    try:
+        own = yaml.safe_load(split_front(text)[0]) or {}
+    except yaml.YAMLError as error:
+        raise ModelError(f"card of {name}: its metadata are not YAML ({error})") from error
+    if not isinstance(own, dict):
+        raise ModelError(f"card of {name}: its metadata are no list of names and values")
+    return own
+
+
 def complete(
     text: str,
     name: str,
@@ -129,13 +140,7 @@ def complete(
     ModelError
         Where the card's metadata are broken.
     """
-    front, body = split_front(text)
-    try:
-        own = yaml.safe_load(front) or {}
-    except yaml.YAMLError as error:
-        raise ModelError(f"card of {name}: its metadata are not YAML ({error})") from error
-    if not isinstance(own, dict):
-        raise ModelError(f"card of {name}: its metadata are no list of names and values")
+    own, body = metadata(text, name), split_front(text)[1]
     data: dict[str, Any] = {
         "library_name": "phenoseq",
         "pipeline_tag": FEATURES if config and image_of(config) is None else IMAGES,

@@ -11,7 +11,15 @@ from phenoseq.models.files import CONFIG, WEIGHTS, config_text
 from phenoseq.models.load import load_folder, read_any_config
 from phenoseq.zoo import checkpoint
 from phenoseq.zoo.about import tell_data, tell_inputs, tell_outputs
-from phenoseq.zoo.cards import CARD, METRICS, card_beside, figures, find_card, read_metrics
+from phenoseq.zoo.cards import (
+    CARD,
+    METRICS,
+    card_beside,
+    figures,
+    find_card,
+    metadata,
+    read_metrics,
+)
 from phenoseq.zoo.checkpoint import HubCheckpoint
 from phenoseq.zoo.convert import sha256_of
 from phenoseq.zoo.hub import TRAINING, cached_models, digest_problem, fetch, parse_reference
@@ -125,7 +133,12 @@ def _described(name: str, folder: Path) -> Description:
             "sha256": sha256_of(folder / WEIGHTS),
             "size": told_size((folder / WEIGHTS).stat().st_size),
         }
-    return Description(facts, figures(read_metrics(folder)), card_beside(folder))
+    card = card_beside(folder)
+    try:
+        facts["licence"] = str(metadata(card or "", name).get("license", "unknown"))
+    except ModelError:
+        facts["licence"] = "unknown: the card's metadata cannot be read"
+    return Description(facts, figures(read_metrics(folder)), card)
 
 
 def _facts_of(entry: ModelEntry) -> dict[str, str]:

@@ -324,7 +324,8 @@ def test_prepare_by_sample(tmp_path, write, features, rna, capsys):
     assert "300 image cells (features), 200 RNA cells (embedding of width 5)" in out
     assert pd.read_csv(report)["rna_cells"].sum() == 200
     assert SampleStore(store).manifest.embedding == "scGPT"
-    assert main([*command[:5], "--sample-columns", "Treatment"]) == 1
+    again = [*command[:2], str(tmp_path / "again.zarr"), *command[3:5]]
+    assert main([*again, "--sample-columns", "Treatment"]) == 1
     assert "needs the RNA: --rna" in capsys.readouterr().err
 
 

@@ -336,7 +336,7 @@ def test_fields_that_could_not_be_read_are_in_the_record(model, plate):
     source = replace(some, problems=(Problem("A03", "A03_ER.tif: truncated", 7),))
     assert go(model, some, n_samples=1).uns["phenoseq"]["problems"] == []
     record = go(model, source, n_samples=1).uns["phenoseq"]
-    assert record["problems"] == ["A03: A03_ER.tif: truncated"]
+    assert record["problems"] == ["A03: A03_ER.tif: truncated (7 cells)"]
 
 
 @pytest.mark.parametrize("n", [0, -1])
