@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from phenoseq.errors import ModelError
+
+M = TypeVar("M", bound=nn.Module)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".pt", ".ckpt", ".pth", ".pkl", ".pickle", ".bin", ".joblib")
@@ -122,6 +125,19 @@ def check_weights(model: nn.Module, folder: str | Path) -> None:
             raise _misfit(path, f"{name} is {shape}, by the config {wanted[name]}")
         if tensor.is_floating_point() and kind not in ("F32", "F16", "BF16"):
             raise _misfit(path, f"{name} holds {kind}, not floats of 16 or 32 bits")
+
+
+def rebuild(make: Callable[[], M], folder: str | Path) -> M:
+    """Make a model, load its folder's weights into it, and return it in evaluation mode.
+
+    The weights are checked first, on a model that takes no memory, so that nothing is allocated
+    that the file does not hold; raises :class:`ModelError` as :func:`check_weights` does.
+    """
+    with torch.device("meta"):
+        check_weights(make(), folder)
+    model = make()
+    load_weights(model, folder)
+    return model.eval()
 
 
 def load_weights(model: nn.Module, folder: str | Path, *, adopt: bool = False) -> None:

@@ -15,7 +15,7 @@ from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_pre
 from phenoseq.models.embedding import EmbeddingSpace
 from phenoseq.models.encoder import Encoder, EncoderConfig
 from phenoseq.models.expression import ExpressionSpace
-from phenoseq.models.files import check_weights, load_weights, read_config, save_folder
+from phenoseq.models.files import read_config, rebuild, save_folder
 from phenoseq.models.givenfeatures import FeatureEncoder
 from phenoseq.models.record import TrainingRecord
 
@@ -227,11 +227,7 @@ class PhenoSeq(ContextDiffusion):
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
         config = PhenoSeqConfig.from_json(*read_config(folder))
-        with torch.device("meta"):  # nothing is allocated for weights that are not in the file
-            check_weights(cls(config), folder)
-        model = cls(config)
-        load_weights(model, folder)
-        return model.eval()
+        return rebuild(lambda: cls(config), folder)
 
 
 def pool(tokens: Tensor, keep: Tensor) -> Tensor:

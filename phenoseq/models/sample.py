@@ -13,7 +13,7 @@ from phenoseq.models.config import ImageConfig, SampleConfig
 from phenoseq.models.embedding import EmbeddingConfig, EmbeddingSpace
 from phenoseq.models.encoder import Encoder
 from phenoseq.models.expression import ExpressionSpace
-from phenoseq.models.files import check_weights, load_weights, read_config
+from phenoseq.models.files import read_config, rebuild
 from phenoseq.models.givenfeatures import FeatureEncoder
 from phenoseq.models.phenoseq import ContextDiffusion, pool
 
@@ -99,11 +99,7 @@ class SamplePhenoSeq(ContextDiffusion):
             Where a file is missing, broken, or holds other tensors than the configuration asks for.
         """
         config = SampleConfig.from_json(*read_config(folder))
-        with torch.device("meta"):  # nothing is allocated for weights that are not in the file
-            check_weights(cls(config), folder)
-        model = cls(config)
-        load_weights(model, folder)
-        return model.eval()
+        return rebuild(lambda: cls(config), folder)
 
 
 def _empty(config: SampleConfig) -> ExpressionSpace | EmbeddingSpace:
