@@ -12,7 +12,7 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import finetune, predict
+    from phenoseq.api import calibrate, finetune, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
+    "calibrate": "phenoseq.api",
     "decode": "phenoseq.inference.decode",
     "embed": "phenoseq.inference.extract",
     "evaluate": "phenoseq.scoring",
@@ -41,6 +42,7 @@ __all__ = [
     "PhenoseqError",
     "Store",
     "__version__",
+    "calibrate",
     "decode",
     "embed",
     "evaluate",

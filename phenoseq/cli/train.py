@@ -1,4 +1,4 @@
-"""``phenoseq train``, handed to LightningCLI as it is, and ``phenoseq finetune``."""
+"""``phenoseq train``, handed to LightningCLI as it is, ``finetune`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -79,4 +79,27 @@ def _finetune(options: argparse.Namespace) -> int:
         f"model in {options.out}; "
         f"try: phenoseq evaluate --model {options.out} --store {options.store}"
     )
+    return 0
+
+
+def add_calibrate(commands: Commands) -> None:
+    """Add ``phenoseq calibrate``."""
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="recalibrate a trained model",
+        description="Recalibrate a trained model on the calibration part of a store, as training "
+        "does at its end.",
+    )
+    calibrate.add_argument("model", help="name in the zoo, or folder, of the model")
+    calibrate.add_argument("store", help="prepared store")
+    calibrate.add_argument("-o", "--out", required=True, help="folder of the new model")
+    calibrate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from phenoseq.api import calibrate
+
+    calibrate(options.model, options.store, seed=options.seed, out=options.out)
+    print(f"model in {options.out}")
     return 0

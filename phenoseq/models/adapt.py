@@ -166,7 +166,13 @@ def adapt(
             seed=seed,
         )
         turn = turn_between(space, fitted, have, want)
-    config = replace(base.config, image=image, expression=fitted.config, training=training)
+    config = replace(
+        base.config,
+        image=image,
+        expression=fitted.config,
+        training=training,
+        recalibration=None,  # which is of the base model's errors
+    )
     model = PhenoSeq(config, fitted)
     _take_denoiser(model.denoiser, base.denoiser, turn)
     stains = base.config.image.channels

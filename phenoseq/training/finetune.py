@@ -93,7 +93,7 @@ def finetune(
             "of samples with 'phenoseq train'"
         )
     base = deepcopy(base).cpu()  # wherever it is, there it stays
-    target = _free(out)
+    target = check_free(out)
     data = FinetuneData(store, base, split, channels=channels, genes=genes, seed=seed)
     data.setup()
     model, kept = _adapted(base, data, name, freeze, seed)
@@ -390,8 +390,8 @@ def _warn(kept: Adaptation, data: FinetuneData, freeze: Freeze) -> None:
         warnings.warn(text, PhenoseqWarning, stacklevel=4)
 
 
-def _free(out: str | Path | None) -> Path | None:
-    """Check that a model may be written there."""
+def check_free(out: str | Path | None) -> Path | None:
+    """Check that a model may be written there; raises :class:`~phenoseq.errors.DataError`."""
     if out is None:
         return None
     path = Path(out)
