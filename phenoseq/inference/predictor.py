@@ -121,6 +121,7 @@ def _record(
         "missing_channels": missing,
         "intensity_gain": [float(g) for g in inputs.gain],
         "median_library": model.config.expression.median_library,
+        "recalibrated": model.config.recalibration is not None,
         "skipped_cells": [*inputs.skipped, *inputs.unread],
         "problems": list(inputs.problems),
     }

@@ -136,6 +136,7 @@ def sample_job(
         var = pd.DataFrame(index=[f"{space.config.name}_{i}" for i in range(space.config.width)])
     else:
         record["median_library"] = space.config.median_library
+        record["recalibrated"] = config.recalibration is not None
         var = var_of(space.config, config.training)
     obs = bag_obs(source.obs, bags, sample)
     return Job(

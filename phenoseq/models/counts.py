@@ -86,7 +86,7 @@ def nb_cdf(counts: Tensor, mu: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         here = wanted[at] == count
         below[at] = torch.where(here, cdf - own, below[at])
         at_most[at] = torch.where(here, cdf, at_most[at])
-    return below.view_as(counts), at_most.view_as(counts)
+    return below.clamp(0, 1).view_as(counts), at_most.clamp(0, 1).view_as(counts)
 
 
 def matching_nb(rates: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Where a distribution F is wrong in the same way at all values of about one predicted level, the
 randomised PIT of the truth is not uniform there but follows some R, and R(F) is calibrated
 (Kuleshov et al. 2018). R is the empirical distribution of the PIT in each of a few strata by
-predicted level. It rises, so that quantiles stay in order.
+predicted level, beside that of the model's own draws. It rises, so that quantiles stay in order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from phenoseq.errors import DataError, ModelError
 
 #: Predicted levels between the strata: log1p of the counts expected in a cell of median library.
 EDGES = (0.05, 0.2, 0.5, 1.0, 2.0, 3.0)
-#: Steps of R, and how many values the identity counts for beside those of a stratum.
+#: Steps of R, and how many values that are uniform are added to those of a stratum.
 STEPS, PRIOR = 40, 500
 #: Cells below which nothing is fitted.
 LEAST = 200
@@ -105,13 +105,18 @@ class Warp:
         return Warp(self.shares, self.stratum.flatten())
 
 
-def fit_recalibration(pit: NDArray[np.floating], level: NDArray[np.floating]) -> Recalibration:
-    """Fit a recalibration to the randomised PIT (Czado et al. 2009) of cells that trained nothing.
+def fit_recalibration(
+    true: NDArray[np.floating], drawn: NDArray[np.floating], level: NDArray[np.floating]
+) -> Recalibration:
+    """Fit a recalibration to cells that trained nothing.
 
     Parameters
     ----------
-    pit
-        Of each gene of each cell, ``(n, g)``, under the distribution to be recalibrated.
+    true
+        Randomised PIT (Czado et al. 2009) of each gene of each cell, ``(n, g)``.
+    drawn
+        The same of a draw of the model. F is known from a few draws, and so narrower than it is
+        for a truth that none of them is; a draw that F was not made of tells by how much.
     level
         Predicted level of each, ``(n, g)``.
 
@@ -120,18 +125,24 @@ def fit_recalibration(pit: NDArray[np.floating], level: NDArray[np.floating]) ->
     DataError
         Where values lie outside 0 to 1.
     """
-    if not (pit.min() >= 0 and pit.max() <= 1):
+    if not all(pit.min() >= 0 and pit.max() <= 1 for pit in (true, drawn)):
         raise DataError("PIT values lie between 0 and 1; these do not")
     even = np.linspace(0, 1, STEPS + 1)
     stratum = np.searchsorted(EDGES, level)
     shares = []
     for k in range(len(EDGES) + 1):
-        values = np.sort(pit[stratum == k])
-        below = np.searchsorted(values, even, side="right")
-        share = (below + PRIOR * even) / (len(values) + PRIOR)
-        share[0], share[-1] = 0.0, 1.0
+        below, expected = (_shares(pit[stratum == k], even) for pit in (true, drawn))
+        share = np.interp(below, expected, even)
         shares.append(tuple(np.round(share, 5).tolist()))
     return Recalibration(EDGES, tuple(shares))
+
+
+def _shares(pit: NDArray[np.floating], even: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of values up to each of some probabilities, drawn to these themselves."""
+    below = np.searchsorted(np.sort(pit), even, side="right")
+    share = (below + PRIOR * even) / (len(pit) + PRIOR)
+    share[0], share[-1] = 0.0, 1.0
+    return np.asarray(share)
 
 
 def _rises(values: tuple[float, ...]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.handover import Batch
 from phenoseq.evaluation.metrics import pcc_gene
-from phenoseq.models.counts import nb_cdf
+from phenoseq.models.counts import nb_cdf, nb_quantile
 from phenoseq.models.expression import MIN_LIBRARY, ExpressionSpace
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.recalibration import LEAST, Recalibration, fit_recalibration
@@ -78,8 +78,9 @@ def recalibration_of(
 ) -> Recalibration | None:
     """Fit a recalibration of a model of genes to up to 4096 calibration cells.
 
-    Its PIT is of each count under the mixture over 32 draws, at the cell's own library size: so it
-    tells how counts are spread, whatever library size a cell turns out to have.
+    The PIT is of a count under the mixture over 31 draws, at the cell's own library size: so it
+    tells how counts are spread, whatever library size a cell turns out to have. Beside it stands
+    that of a count of the 32nd draw.
 
     Returns
     -------
@@ -89,17 +90,20 @@ def recalibration_of(
     if data.n_cells("cal") < LEAST:
         return None
     generator = torch.Generator().manual_seed(seed)
-    median, pits, levels = space.config.median_library, [], []
+    median, theta = space.config.median_library, space.theta
     cells, draws = _CALIBRATION_CELLS, _CALIBRATION_DRAWS
+    found: list[tuple[NDArray[np.float32], ...]] = []
     for counts, rates, _ in _decoded(model, space, data, "cal", cells, draws, seed):
         mu = rates * counts.sum(dim=1)[:, None, None]
-        below, at_most = nb_cdf(counts, mu, space.theta)
-        v = torch.rand(below.shape, generator=generator)
-        pits.append((below + v * (at_most - below)).numpy())
-        levels.append(torch.log1p(rates.mean(dim=1) * median).numpy())
-    if sum(map(len, pits)) < LEAST:
-        return None
-    return fit_recalibration(np.concatenate(pits), np.concatenate(levels))
+        drawn = nb_quantile(torch.rand(counts.shape, generator=generator), mu[:, :1], theta)
+        pits = []
+        for some in (counts, drawn):
+            below, at_most = nb_cdf(some, mu[:, 1:], theta)
+            v = torch.rand(below.shape, generator=generator)
+            pits.append((below + v * (at_most - below)).numpy())
+        found.append((*pits, torch.log1p(rates.mean(dim=1) * median).numpy()))
+    true, own, level = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return fit_recalibration(true, own, level) if len(true) >= LEAST else None
 
 
 def _encode(model: PhenoSeq | SamplePhenoSeq, batch: Batch) -> tuple[Tensor, Tensor]:
