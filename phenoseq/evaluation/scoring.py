@@ -24,6 +24,7 @@ from phenoseq.evaluation.grouped import (
 from phenoseq.evaluation.metrics import mmd_rbf
 from phenoseq.evaluation.tables import Prediction, Truth, blocks
 
+
 @dataclass
 class Result:
     """What scoring one prediction gives.

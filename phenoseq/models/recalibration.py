@@ -9,6 +9,7 @@ predicted level, beside that of the model's own draws. It rises, so that quantil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -146,4 +147,4 @@ def _shares(pit: NDArray[np.floating], even: NDArray[np.float64]) -> NDArray[np.
 
 
 def _rises(values: tuple[float, ...]) -> bool:
-    return all(a <= b for a, b in zip(values, values[1:], strict=False))
+    return all(a <= b for a, b in pairwise(values))

@@ -84,10 +84,10 @@ def recalibration_of(
 
     Returns
     -------
-    The recalibration, or None where the calibration part has fewer than 200 cells of 20 counts and
-    more.
+    The recalibration, or None where there is no calibration part, or it has fewer than 200 cells of
+    20 counts and more.
     """
-    if data.n_cells("cal") < LEAST:
+    if not (data.parts.part == "cal").any() or data.n_cells("cal") < LEAST:
         return None
     generator = torch.Generator().manual_seed(seed)
     median, theta = space.config.median_library, space.theta

@@ -246,8 +246,8 @@ def test_in_a_browser(browse):
         for table, columns in (("coverage", 10), ("strata", 2 + 4 + 5)):
             heads = f"document.querySelectorAll('#{table} thead th').length"
             assert await browser.run(heads) == columns
-            cells = f"document.querySelectorAll('#{table} tbody:first-of-type tr:first-child > *').length"
-            assert await browser.run(cells) == columns
+            row = f"document.querySelector('#{table} tbody tr').children.length"
+            assert await browser.run(row) == columns
         # every control can be reached, has a name, and every picture says what it is
         bare = (
             "[...document.querySelectorAll('input, select, button, a, [role=img], img')]"

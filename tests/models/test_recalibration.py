@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from phenoseq.errors import DataError, ModelError
 from phenoseq.models.config import PhenoSeqConfig
@@ -124,9 +125,7 @@ def test_a_calibrated_model_stays_as_it_is():
         np.testing.assert_allclose(share, even, atol=0.02)
     _, total, rates, library = made(200, RIGHT, seed=7)
     draws = drawn(rates, library, seed=8)
-    again = redraw(
-        draws, rates, library, THETA, IDENTITY.at(level(rates)), torch.rand(draws.shape)
-    )
+    again = redraw(draws, rates, library, THETA, IDENTITY.at(level(rates)), torch.rand(draws.shape))
     assert float((again != draws).float().mean()) < 1e-4
     plain = summarise_mixture(rates * total[:, None, None], THETA, total, (0.05, 0.95))
     same = summarise_mixture(
@@ -147,6 +146,31 @@ def test_draws_beyond_the_tail_and_none_at_all():
 
 
 # ---------------------------------------------------------------------------------------- its parts
+
+
+def test_recalibrated_quantiles_and_spread_are_those_by_hand():
+    rng = np.random.default_rng(0)
+    mu = np.exp(rng.normal(0, 2, (7, 3, 5)))  # from next to none to hundreds
+    theta = np.array([0.5, 1.0, 4.0, 20.0, 1e5])
+    how = Recalibration((0.5, 1.5), ((0, 0.1, 1), (0, 0.5, 1), (0, 0.9, 1)))
+    level = rng.uniform(0, 2, (7, 5))
+    warp = how.at(torch.from_numpy(level))
+    top = np.arange(2000)
+    for wanted in (0.1, 0.5, 0.9):
+        made = nb_quantile(
+            torch.full((7, 5), wanted).double(), torch.tensor(mu), torch.tensor(theta), warp
+        )
+        std, (same,) = summarise_mixture(
+            torch.tensor(mu), torch.tensor(theta), torch.ones(7).double(), (wanted,), warp
+        )
+        torch.testing.assert_close(same, torch.log1p(made))
+        for b, g in np.ndindex(7, 5):
+            cdf = stats.nbinom(theta[g], theta[g] / (theta[g] + mu[b, :, g, None])).cdf(top).mean(0)
+            share = how.shares[np.searchsorted(how.edges, level[b, g])]
+            cdf = np.interp(cdf, [0, 0.5, 1], share)
+            assert made[b, g] == np.argmax(cdf >= wanted)
+            pmf, y = np.diff(cdf, prepend=0), np.log1p(top)
+            assert std[b, g] == pytest.approx(np.sqrt(pmf @ y**2 - (pmf @ y) ** 2), abs=5e-3)
 
 
 def test_the_map_is_linear_between_its_knots_by_stratum():

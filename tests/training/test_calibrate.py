@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -96,6 +96,16 @@ def test_few_calibration_cells_leave_a_model_as_it_is(model, data, few):
     few(data.n_cells("cal") + 1)
     with pytest.raises(DataError, match=r"calibration part has \d+ cells"):
         phenoseq.calibrate(model, data.store)
+
+
+def test_without_a_calibration_part_there_is_nothing_to_fit(model, store):
+    data = StoreDataModule(store.path, replace(SPLIT, cal=0.0))
+    data.setup()
+    assert finalise(model, data).config.recalibration is None
+    training = replace(model.config.training, split=asdict(data.split), split_digest="")
+    model.config = replace(model.config, training=replace(training, identity=""))
+    with pytest.raises(DataError, match="cal part has no cells"):
+        phenoseq.calibrate(model, store.path)
 
 
 def test_a_model_is_calibrated_later_by_the_command(model, data, tmp_path, capsys):

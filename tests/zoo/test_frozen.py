@@ -1,8 +1,9 @@
 """Models saved by older versions load, and give what they gave.
 
 One folder a schema version and network in ``frozen/``: written by the last commit of that version
-(version 1: c98cd2b, 2: 19393f1), with what it computed from the inputs in ``expected.safetensors``. They are
-never written again; a new version adds a folder of the one before.
+(version 1: c98cd2b, 2: 19393f1), with what it computed from the inputs in
+``expected.safetensors``. They are never written again; a new version adds a folder of the one
+before.
 """
 
 from __future__ import annotations
