@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import phenoseq
+from phenoseq import tuning
 from phenoseq.cli import main
 from phenoseq.data.datamodule import StoreDataModule, split_of
 from phenoseq.data.selection import SelectedStore
@@ -31,7 +32,8 @@ from phenoseq.models.files import digest_of_model
 from phenoseq.training import finetune as module_of
 from phenoseq.training.baselines import BASELINES
 from phenoseq.training.cache import TokenStream, cache_tokens
-from phenoseq.training.finetune import FinetuneData, FinetuneModule
+from phenoseq.training.finetune import FinetuneModule
+from phenoseq.training.finetunedata import open_data
 from phenoseq.training.module import PhenoSeqModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,7 +74,7 @@ def no_training(monkeypatch):
     def fit(module, data, *args, **kwargs):
         trained.append([row for b in data.train_dataloader() for row in b["rows"].tolist()])
 
-    monkeypatch.setattr(module_of, "fit", fit)
+    monkeypatch.setattr(tuning, "fit", fit)
     monkeypatch.setattr(FinetuneModule, "finish", lambda self, data: self.model)
     return trained
 
@@ -97,7 +99,8 @@ def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_p
     seen = losses(tmp_path / "new.run")
     assert seen.min() < 0.95 * seen[0]
     assert "60 shared" in told[0]
-    assert json.loads((tmp_path / "new.run" / "kept.json").read_text())["space_kept"]
+    kept = json.loads((tmp_path / "new.run" / "kept.json").read_text())
+    assert kept["expression"]["space_kept"]
 
     again = phenoseq.load_model(out)
     assert digest_of_model(again) == digest_of_model(new)
@@ -225,8 +228,7 @@ def test_a_selection_reads_what_it_says(store):
 def test_cells_without_counts_of_the_chosen_genes_are_left_out(base, store):
     rare = store.counts(np.arange(len(store))).toarray().sum(0).argsort()[:6]
     genes = [store.manifest.genes[i] for i in rare]
-    data = FinetuneData(store.path, base, SPLIT, channels=None, genes=genes, seed=0)
-    data.setup()
+    data = open_data(store.path, base, SPLIT, channels=None, genes=genes, seed=0)
     kept = np.flatnonzero(data.parts.part != "unassigned")
     total = store.counts(np.arange(len(store)))[:, np.sort(rare)].sum(axis=1).A1
     assert set(kept) == set(np.flatnonzero(total > 0))
@@ -271,7 +273,7 @@ def test_errors_say_what_to_do(base, store, tmp_path):
         tuned(base, store, tmp_path / "there")
     with pytest.raises(ModelError, match="choose from"):
         tuned(base, store, freeze="head")
-    with pytest.raises(ModelError, match="only models of single cells"):
+    with pytest.raises(ModelError, match="cannot be fine-tuned"):
         tuned(torch.nn.Linear(1, 1), store)
 
 
