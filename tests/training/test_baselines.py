@@ -156,10 +156,10 @@ def test_a_stopped_regressor_goes_on_and_a_finished_one_is_taken(store, tmp_path
     monkeypatch.undo()
 
     def killed(*args):
-        raise KeyboardInterrupt
+        raise RuntimeError("killed")
 
     monkeypatch.setattr(regression, "save_folder", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="killed"):
         train_regressor(store, HOW, config, tmp_path / "cut", median=250.0)
     assert not (tmp_path / "cut" / "config.json").exists()
     monkeypatch.undo()

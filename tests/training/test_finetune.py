@@ -434,6 +434,45 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store
     assert not (tmp_path / "killed.run" / "tokens").exists()
 
 
+def test_a_run_killed_after_it_stopped_early_trains_no_more(base, store, tmp_path, monkeypatch):
+    """What is on the disk is what a kill leaves: training is over, nothing is saved."""
+    out, run = tmp_path / "killed", tmp_path / "killed.run"
+    losses_of = FinetuneModule.validation_losses
+
+    def rising(self, batch):  # the first epoch is the best
+        found = losses_of(self, batch)
+        return {name: loss + 9 * self.current_epoch for name, loss in found.items()}
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(FinetuneModule, "validation_losses", rising)
+    with monkeypatch.context() as patch:
+        patch.setattr(module_of, "PATIENCE", 1)
+        patch.setattr(FinetuneModule, "finish", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            tuned(base, store, out, epochs=9, freeze="all-but-head")
+    assert not out.exists()
+    assert (run / "tokens").exists()
+    seen = losses(run)
+    assert len(seen) == 2
+    monkeypatch.setattr(FinetuneModule, "training_step", killed)  # is not called
+    new = tuned(base, store, out, epochs=9, freeze="all-but-head").state_dict()
+    np.testing.assert_array_equal(losses(run), seen)
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=False)["state_dict"]
+    assert torch.equal(new["denoiser.outward.weight"], best["model.denoiser.outward.weight"])
+
+
+def test_a_loss_that_is_no_number_says_what_to_do(base, store, monkeypatch):
+    monkeypatch.setattr(
+        FinetuneModule, "validation_losses", lambda self, batch: {
+            "val_loss": torch.full((len(batch["rows"]), 1), float("nan"))
+        },
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="never a number; set a lower lr"):
+        tuned(base, store, freeze="all-but-head")
+
+
 @pytest.mark.slow
 def test_the_study_of_fine_tuning_runs_and_goes_on(store, tmp_path):
     study = Path(__file__).resolve().parents[2] / "examples" / "finetune_study.py"
