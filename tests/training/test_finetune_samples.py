@@ -184,7 +184,9 @@ def test_features_are_standardised_anew_and_the_embedding_stays(embedded, no_tra
 # ------------------------------------------------------------------------------ bags and selections
 
 
-def test_cached_bags_are_those_of_the_crops(base, counted, tmp_path):
+def test_cached_bags_are_those_of_the_crops(base, counted, tmp_path, monkeypatch):
+    """Also of samples that are filled, having fewer cells than a bag."""
+    monkeypatch.setattr(base, "config", replace(base.config, bag_size=12))
     data = open_data(counted.path, base, None, channels=None, genes=None, seed=3)
     cached = with_tokens(data, base, tmp_path)
     module = FinetuneModule(base, freeze="encoder", new_stains=False, lr=1.0, seed=0)
@@ -194,6 +196,7 @@ def test_cached_bags_are_those_of_the_crops(base, counted, tmp_path):
         for crops, tokens in pairs:
             for name in ("rows", "image_rows", "keep", "keep_rna", "sample"):
                 assert torch.equal(crops[name], tokens[name]), name
+            assert not crops["keep"].all()
             with torch.no_grad():
                 (a, there), (b, too) = module.encode(crops), module.encode(tokens)
             assert torch.equal(there, too)
