@@ -234,6 +234,29 @@ def test_a_selection_holds_what_it_says_and_no_empty_cells(counted):
     assert some.manifest.genes == tuple(genes)
 
 
+def test_a_stopped_run_on_bags_of_tokens_goes_on_as_if_it_had_not(
+    base, counted, tmp_path, monkeypatch
+):
+    how = {"epochs": 2, "freeze": "encoder"}
+    whole = tuned(base, counted, out=tmp_path / "whole", **how).state_dict()
+    step = FinetuneModule.training_step
+
+    def killed(self, batch, batch_idx):
+        if (self.current_epoch, batch_idx) == (1, 2):
+            raise RuntimeError("killed")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneModule, "training_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            tuned(base, counted, out=tmp_path / "cut", **how)
+    assert (tmp_path / "cut.run" / "tokens").exists()
+    again = tuned(base, counted, out=tmp_path / "cut", **how).state_dict()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "cut.run"), losses(tmp_path / "whole.run"))
+
+
 # ------------------------------------------------------------------------------ warnings and errors
 
 
