@@ -12,12 +12,13 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import calibrate, finetune, predict
+    from phenoseq.api import calibrate, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
     from phenoseq.scoring import evaluate
+    from phenoseq.tuning import finetune
     from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
@@ -28,7 +29,7 @@ _LAZY = {
     "decode": "phenoseq.inference.decode",
     "embed": "phenoseq.inference.extract",
     "evaluate": "phenoseq.scoring",
-    "finetune": "phenoseq.api",
+    "finetune": "phenoseq.tuning",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",

@@ -25,7 +25,7 @@ def add_finetune(commands: Commands) -> None:
     """Add ``phenoseq finetune``."""
     finetune = commands.add_parser("finetune", help="train a model on, on your own data")
     finetune.add_argument("model", help="name in the zoo, or folder, of the model to start from")
-    finetune.add_argument("store", help="prepared store")
+    finetune.add_argument("store", help="prepared store, paired as the model is")
     finetune.add_argument("-o", "--out", required=True, help="folder of the new model")
     finetune.add_argument(
         "--freeze",
@@ -48,10 +48,10 @@ def add_finetune(commands: Commands) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    from phenoseq.api import finetune
     from phenoseq.data.splits import SplitConfig
     from phenoseq.errors import DataError
     from phenoseq.genes import read_gene_list
+    from phenoseq.tuning import finetune
 
     split = None
     if options.split_by and options.block:
@@ -60,7 +60,7 @@ def _finetune(options: argparse.Namespace) -> int:
         split = SplitConfig(by=options.split_by, block=None)
     elif options.block:
         split = SplitConfig(block=options.block)
-    finetune(
+    model = finetune(
         options.model,
         options.store,
         freeze=options.freeze,
@@ -75,10 +75,10 @@ def _finetune(options: argparse.Namespace) -> int:
         out=options.out,
         report=print,
     )
-    print(
-        f"model in {options.out}; "
-        f"try: phenoseq evaluate --model {options.out} --store {options.store}"
-    )
+    then = f"phenoseq evaluate --model {options.out} --store {options.store}"
+    if model.config.pairing == "sample":
+        then = f"phenoseq predict SOURCE --model {options.out} --sample COLUMN -o PREDICTION.zarr"
+    print(f"model in {options.out}; try: {then}")
     return 0
 
 
