@@ -12,20 +12,20 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import calibrate, predict
+    from phenoseq.api import predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
     from phenoseq.scoring import evaluate
-    from phenoseq.tuning import finetune
+    from phenoseq.tuning import calibrate, finetune
     from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
-    "calibrate": "phenoseq.api",
+    "calibrate": "phenoseq.tuning",
     "decode": "phenoseq.inference.decode",
     "embed": "phenoseq.inference.extract",
     "evaluate": "phenoseq.scoring",

@@ -1,4 +1,4 @@
-"""The calls that most people need: predict and calibrate."""
+"""The call that most people need: predict."""
 
 from __future__ import annotations
 
@@ -288,42 +288,3 @@ def is_table(source: Any) -> bool:
 
 def _called(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
-
-
-def calibrate(
-    model: str | Path | Model, store: str | Path, *, seed: int = 0, out: str | Path | None = None
-) -> PhenoSeq:
-    """Recalibrate a model of single cells, as training does at its end; the one given stays.
-
-    Up to 4096 cells of the calibration part of the store, divided as the model was trained with,
-    tell how often the truth lies below each level of what is predicted; see
-    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it.
-
-    Parameters
-    ----------
-    model
-        A name of the zoo, a folder, or a loaded model.
-    store
-        With all stains and genes of the model: that of its training, or of other images and counts
-        for which it is to be right.
-    seed
-        Of cells and draws.
-    out
-        Folder of the new model.
-
-    Returns
-    -------
-    The new model, in evaluation mode, on the CPU, with ``config.recalibration``.
-
-    Raises
-    ------
-    DataError
-        Where the store lacks stains or genes, its split differs from the one trained with, its
-        calibration part has fewer than 200 cells, or ``out`` exists.
-    ModelError
-        Where the model is not one of single cells.
-    """
-    from phenoseq.training.calibrate import calibrate as run_calibrate
-
-    loaded = load_model(model) if isinstance(model, str | Path) else model
-    return run_calibrate(loaded, store, seed=seed, out=out)

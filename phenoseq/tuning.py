@@ -1,4 +1,4 @@
-"""Fine-tuning: a trained model goes on learning on other data, and the old one stays as it is."""
+"""Fine-tuning and recalibration: a new model of an old one and data; the old one stays as it is."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
+from phenoseq.data.selection import SelectedDataModule
 from phenoseq.data.splits import SplitConfig
-from phenoseq.errors import ModelError, PhenoseqWarning
+from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.recalibration import LEAST
 from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.training.build import record_of
+from phenoseq.training.finalise import recalibration_of
 from phenoseq.training.finetune import (
     LR,
     FinetuneModule,
     Freeze,
     adapted,
-    check_free,
     fit,
     warnings_of,
 )
@@ -120,7 +122,7 @@ def finetune(
             "train it with 'phenoseq train', or start from another model"
         )
     base = deepcopy(loaded).cpu()  # wherever it is, there it stays
-    target = check_free(out)
+    target = _free(out)
     data = open_data(store, base, split, channels=channels, genes=genes, seed=seed)
     new, kept = adapted(base, data, name, freeze, seed)
     if report is not None:
@@ -157,3 +159,82 @@ def finetune(
             done.save(target)
             shutil.rmtree(tokens, ignore_errors=True)
     return done.eval()
+
+
+def calibrate(
+    model: str | Path | Model, store: str | Path, *, seed: int = 0, out: str | Path | None = None
+) -> PhenoSeq:
+    """Recalibrate a model of single cells, as training does at its end; the one given stays.
+
+    Up to 4096 cells of the calibration part of the store, divided as the model was trained with,
+    tell how often the truth lies below each level of what is predicted; see
+    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it.
+
+    Parameters
+    ----------
+    model
+        A name of the zoo, a folder, or a loaded model.
+    store
+        With all stains and genes of the model: that of its training, or of other images and counts
+        for which it is to be right.
+    seed
+        Of cells and draws.
+    out
+        Folder of the new model.
+
+    Returns
+    -------
+    The new model, in evaluation mode, on the CPU, with ``config.recalibration``.
+
+    Raises
+    ------
+    DataError
+        Where the store lacks stains or genes, its split differs from the one trained with, its
+        calibration part has fewer than 200 cells, or ``out`` exists.
+    ModelError
+        Where the model is not one of single cells.
+    """
+    name = Path(model).name if isinstance(model, str | Path) else ""
+    base = load_model(model) if isinstance(model, str | Path) else model
+    if not isinstance(base, PhenoSeq):
+        raise ModelError(
+            f"{name or 'this model'}: only models of single cells are calibrated on a store; a "
+            "model of samples is when it is trained"
+        )
+    target = _free(out)
+    new = deepcopy(base).cpu().eval()
+    config = new.config
+    data = SelectedDataModule(
+        store,
+        SplitConfig(**config.training.split),  # type: ignore[arg-type]
+        seed=seed,
+        channels=config.image.channels,
+        genes=config.expression.genes,
+    )
+    data.setup()
+    same = data.opened.manifest.identity == config.training.identity
+    if same and data.parts.digest != config.training.split_digest:
+        raise DataError(
+            f"{store}: divides its cells otherwise than the model was trained with, so that it "
+            "would be calibrated on training cells; prepare the store with the same options"
+        )
+    found = recalibration_of(new, new.expression, data, seed)
+    if found is None:
+        raise DataError(
+            f"{store}: the calibration part has {data.n_cells('cal')} cells, of which at least "
+            f"{LEAST} need 20 counts and more; give it more groups"
+        )
+    new.config = replace(config, recalibration=found)
+    if target is not None:
+        new.save(target)
+    return new
+
+
+def _free(out: str | Path | None) -> Path | None:
+    """Check that a model may be written there; raises :class:`~phenoseq.errors.DataError`."""
+    if out is None:
+        return None
+    path = Path(out)
+    if path.exists():
+        raise DataError(f"{path}: exists already; remove it, or choose another folder")
+    return path

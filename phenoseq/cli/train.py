@@ -98,7 +98,7 @@ def add_calibrate(commands: Commands) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from phenoseq.api import calibrate
+    from phenoseq.tuning import calibrate
 
     calibrate(options.model, options.store, seed=options.seed, out=options.out)
     print(f"model in {options.out}")

@@ -200,7 +200,9 @@ def _walk(
     at: Tensor | slice = slice(None)
     cdf = torch.zeros(cells * genes, device=mu.device, dtype=mu.dtype)
     below = torch.ones_like(cdf, dtype=torch.bool)
-    warp, warped = (None, cdf) if warp is None else (warp.flat(), cdf)
+    warped = cdf
+    if warp is not None:
+        warp = warp.flat()
     for count in range(MAX_COUNT):
         own = pmf.mean(dim=1) * below
         cdf = cdf + own

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phenoseq.data.datamodule import StoreDataModule, StreamDataModule
 from phenoseq.data.handover import Batch
-from phenoseq.errors import DataError, ModelError
+from phenoseq.errors import ModelError
 from phenoseq.models.adapt import Adaptation, adapt, stem_name
 from phenoseq.models.diffusion import logit_normal
 from phenoseq.models.embedding import EmbeddingConfig
@@ -312,13 +312,3 @@ def warnings_of(kept: Adaptation, data: Data, freeze: Freeze) -> list[str]:
             "frozen and reads them as the mean of those it knows; freeze='none' lets it learn them"
         )
     return found
-
-
-def check_free(out: str | Path | None) -> Path | None:
-    """Check that a model may be written there; raises :class:`~phenoseq.errors.DataError`."""
-    if out is None:
-        return None
-    path = Path(out)
-    if path.exists():
-        raise DataError(f"{path}: exists already; remove it, or choose another folder")
-    return path

@@ -295,7 +295,7 @@ def _genes(config: Config) -> str:
 
 def _facts(config: Config, folder: Path | None = None) -> str:
     """List what the files say of the model."""
-    rows = {"pairing": config.pairing, "configuration": f"schema version {config.schema_version}"}
+    rows: dict[str, str] = {"pairing": config.pairing}
     if (record := record_of(config)) is not None:
         rows |= {
             "trained with": f"phenoseq {record.version}",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import phenoseq
+from phenoseq import tuning as tuning_module
 from phenoseq.cli import main
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.samplemodule import SampleDataModule
@@ -17,7 +18,6 @@ from phenoseq.errors import DataError, ModelError
 from phenoseq.models.counts import nb_cdf
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.encoder import EncoderConfig
-from phenoseq.training import calibrate as calibrate_module
 from phenoseq.training import finalise as finalise_module
 from phenoseq.training.finalise import finalise
 from phenoseq.training.module import PhenoSeqModule
@@ -50,7 +50,7 @@ def few(monkeypatch):
     """Be content with few cells, and give a function that says with how few."""
 
     def least(n):
-        for module in (finalise_module, calibrate_module):
+        for module in (finalise_module, tuning_module):
             monkeypatch.setattr(module, "LEAST", n)
 
     least(50)

@@ -249,7 +249,7 @@ CHUNKS = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE =
 
 @pytest.fixture
 def in_pieces(machine):
-    """The machine writes what it gets in pieces of 16 kB; a test's own weights are a few of them."""
+    """The machine writes what it gets in pieces of 16 kB; a test's weights are a few of them."""
     machine.run(CHUNKS.format(1 << 14))
     yield 1 << 14
     machine.run(CHUNKS.format(10 << 20))
