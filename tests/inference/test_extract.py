@@ -355,6 +355,7 @@ def test_command_says_what_it_would_download(noisy, tmp_path, monkeypatch, capsy
 @pytest.fixture
 def resnet(tmp_path):
     """A file of weights of timm's smallest network, and the network."""
+    torch.manual_seed(0)
     network = timm.create_model("test_resnet").eval()
     torch.save(network.state_dict(), tmp_path / "resnet.pth")
     return tmp_path / "resnet.pth", network
@@ -381,7 +382,7 @@ def test_embed_by_a_network_of_timm(noisy, resnet, tmp_path, capsys):
         network.reset_classifier(0)
         want = network((grey - 0.5) / 0.5).numpy()  # timm's mean and deviation of this network
     np.testing.assert_allclose(tokens[batch.rows[0]], want, rtol=1e-4, atol=1e-4)
-    assert np.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.1
+    assert np.abs(tokens[:, 0] - tokens[:, 1]).max() > 0.01  # far above the tolerance
 
 
 def test_features_make_a_store_of_samples(noisy, resnet, tmp_path):
