@@ -359,7 +359,7 @@ def _adapted(
         data.opened.counts(data.parts.rows("train")),
         manifest.genes,
         manifest.symbols,
-        replace(record_of(data, seed), base=origin),
+        replace(record_of(data, seed), base=origin, encoder_weights=record.encoder_weights),
         seed=seed,
     )
 

@@ -1,0 +1,74 @@
+"""`phenoseq train` that starts its encoder from pretrained weights, and remembers whose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from phenoseq.cli import main
+from phenoseq.data.samplemodule import SampleDataModule
+from phenoseq.data.splits import SplitConfig
+from phenoseq.errors import DataError, ModelError
+from phenoseq.models.encoder import EncoderConfig
+from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.training.build import pretrained_for
+from phenoseq.training.finetune import finetune
+from phenoseq.training.train import train
+from phenoseq.zoo.cards import make_card
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of weights of test_resnet."""
+    network = timm.create_model("test_resnet")
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path)
+    return path
+
+
+def test_a_frozen_backbone_is_that_of_the_file(arguments, store, file, tmp_path):
+    how = {"model.encoder_weights": file, "model.encoder.norm": "batch"}
+    how |= {"model.frozen_stages": "all", "model.encoder.channel_mode": "separate"}
+    assert main(["train", *arguments(epochs=1, **how)]) == 0
+    model = PhenoSeq.load(tmp_path / "run/model")
+    published = safetensors.torch.load_file(file)
+    stem = published.pop("conv1.0.weight")
+    own = model.encoder.backbone.state_dict()
+    torch.testing.assert_close(own.pop("conv1.0.weight"), stem.sum(dim=1, keepdim=True))
+    for name, value in own.items():
+        torch.testing.assert_close(value, published[name], msg=name)
+
+    origin = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    raw = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert raw["training"]["encoder_weights"] == origin
+    assert "encoder_weights" not in raw["encoder"]
+    card = make_card("mine", "me/mine", model.config, {})
+    assert f"`weights.safetensors` (sha256 `{origin['sha256']}`)" in card
+    # what comes of it remembers them too
+    again = finetune(model, store.path, split=SplitConfig("Metadata_Well", None), epochs=1)
+    assert again.config.training.encoder_weights == origin
+
+
+def test_a_run_goes_on_with_the_same_file_alone(arguments, file, tmp_path):
+    how = {"model.encoder_weights": file, "model.encoder.norm": "batch"}
+    train(arguments(epochs=1, **how))
+    train(arguments(epochs=1, **how))
+    state = {k: v + 1 for k, v in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(state, file)
+    with pytest.raises(ModelError, match=r"encoder_weights: .* and was .* when the run began"):
+        train(arguments(epochs=1, **how))
+
+
+def test_features_have_no_backbone(embedded):
+    split = SplitConfig(by="Replicate", block=None, test=0.2)
+    data = SampleDataModule(embedded.path, split, n_images=2, n_rna=2, batch_size=2)
+    data.setup()
+    with pytest.raises(DataError, match=r"holds features.*leave out 'encoder_weights'"):
+        pretrained_for(data, EncoderConfig("test_resnet", norm="batch"), "hub")
