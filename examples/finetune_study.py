@@ -38,7 +38,6 @@ from phenoseq.evaluation.metrics import e_distance, pcc_gene, variance_ratio
 from phenoseq.evaluation.report import normalised, scored_genes
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training.baselines import intensity_statistics
-from phenoseq.training.finetune import finetune
 from phenoseq.training.module import PhenoSeqModule
 
 SIZES = (500, 2_000, 10_000)
@@ -167,9 +166,9 @@ class Study:
             return PhenoSeq.load(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return finetune(
+            return phenoseq.finetune(
                 base, case.store, freeze=freeze, split=case.split, epochs=self.epochs, lr=lr,
-                seed=case.seed, out=folder, report=None,
+                seed=case.seed, out=folder,
             )  # fmt: skip
 
     def ridge(self, case: Case) -> None:

@@ -12,22 +12,24 @@ from phenoseq._version import __version__
 from phenoseq.errors import DataError, ModelError, PhenoseqError
 
 if TYPE_CHECKING:
-    from phenoseq.api import finetune, predict
+    from phenoseq.api import calibrate, predict
     from phenoseq.data.store import Store
     from phenoseq.inference.decode import decode
     from phenoseq.inference.extract import embed
     from phenoseq.models.phenoseq import PhenoSeq
     from phenoseq.scoring import evaluate
+    from phenoseq.tuning import finetune
     from phenoseq.zoo.push import push_to_hub
     from phenoseq.zoo.registry import list_models, load_model
 
 _LAZY = {
     "PhenoSeq": "phenoseq.models.phenoseq",
     "Store": "phenoseq.data.store",
+    "calibrate": "phenoseq.api",
     "decode": "phenoseq.inference.decode",
     "embed": "phenoseq.inference.extract",
     "evaluate": "phenoseq.scoring",
-    "finetune": "phenoseq.api",
+    "finetune": "phenoseq.tuning",
     "list_models": "phenoseq.zoo.registry",
     "load_model": "phenoseq.zoo.registry",
     "predict": "phenoseq.api",
@@ -41,6 +43,7 @@ __all__ = [
     "PhenoseqError",
     "Store",
     "__version__",
+    "calibrate",
     "decode",
     "embed",
     "evaluate",

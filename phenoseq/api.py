@@ -1,10 +1,10 @@
-"""The calls that most people need: predict and fine-tune."""
+"""The calls that most people need: predict and calibrate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import pandas as pd
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from phenoseq.data.backed import Cells, is_anndata
 from phenoseq.data.readers import open_source
 from phenoseq.data.source import Source
-from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store, is_store
 from phenoseq.errors import DataError, ModelError
 from phenoseq.inference.bagged import bag_job, describe_features, reads
@@ -31,9 +30,6 @@ from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.published import PublishedPhenoSeq
 from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.zoo.registry import load_model
-
-if TYPE_CHECKING:
-    from phenoseq.training.finetune import Freeze
 
 
 def predict(
@@ -294,91 +290,40 @@ def _called(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given"
 
 
-def finetune(
-    model: str | Path | Model,
-    store: str | Path,
-    *,
-    freeze: Freeze = "encoder",
-    genes: Sequence[str] | None = None,
-    channels: Sequence[str] | None = None,
-    split: SplitConfig | None = None,
-    epochs: int = 30,
-    lr: float | None = None,
-    cache: bool = True,
-    seed: int = 0,
-    device: str = "auto",
-    out: str | Path | None = None,
-    report: Callable[[str], None] | None = None,
+def calibrate(
+    model: str | Path | Model, store: str | Path, *, seed: int = 0, out: str | Path | None = None
 ) -> PhenoSeq:
-    """Train a model on, on your own cells; the model given stays as it is.
+    """Recalibrate a model of single cells, as training does at its end; the one given stays.
 
-    The new model predicts the genes of the store from the stains of the store. Shared genes (by
-    Ensembl id, then symbol) and shared stains (by name) keep what was learned;
-    :func:`phenoseq.models.adapt.adapt` says how. Training stops where the loss of the validation
-    cells no longer falls, and the weights with the least are kept.
+    Up to 4096 cells of the calibration part of the store, divided as the model was trained with,
+    tell how often the truth lies below each level of what is predicted; see
+    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it.
 
     Parameters
     ----------
     model
-        A name of the zoo, a folder, or a loaded model of single cells.
+        A name of the zoo, a folder, or a loaded model.
     store
-        Made by ``phenoseq prepare`` of images and counts of the same cells. Crops of another pixel
-        size than the model's are taken as they are, with a warning.
-    freeze
-        What is not trained: ``"encoder"`` (fast: every crop is encoded once), ``"none"`` (stages of
-        the encoder learn slower towards the image), or ``"all-but-head"`` (only the projections
-        into and out of the latent are trained: for very few cells).
-    genes, channels
-        Ids or symbols of the genes to predict, and stains to read; all of the store by default.
-    split
-        How cells are divided into training, validation, calibration and test; by default as the
-        model was trained with, so that on its own data its test cells stay unseen.
-    epochs
-        Passes over the training cells, at most.
-    lr
-        Highest learning rate; by default 0.001 where the encoder is frozen, else 0.0003.
-    cache
-        Keep the tokens of a frozen encoder on disk while training . Without it crops are
-        encoded in every epoch, with all augmentations.
+        With all stains and genes of the model: that of its training, or of other images and counts
+        for which it is to be right.
     seed
-        Of all that is fitted and drawn.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        Of cells and draws.
     out
-        Folder of the new model. A folder beside it, ``OUT.run``, holds the run: metrics,
-        checkpoints, and ``kept.json``, which lists the genes and stains kept. A run that was killed
-        goes on from there under the same call.
-    report
-        Called with what of the model is kept, before the training; ``print``, say.
+        Folder of the new model.
 
     Returns
     -------
-    The new model, in evaluation mode, on the CPU. ``config.training.base`` says what it came from.
+    The new model, in evaluation mode, on the CPU, with ``config.recalibration``.
 
     Raises
     ------
     DataError
-        Where the store cannot be used, a part of the split has no cells, or ``out`` exists.
+        Where the store lacks stains or genes, its split differs from the one trained with, its
+        calibration part has fewer than 200 cells, or ``out`` exists.
     ModelError
-        Where the model is not one of single cells, its backbone cannot read crops of that size, or
-        ``OUT.run`` holds a run with other settings.
+        Where the model is not one of single cells.
     """
-    from phenoseq.training.finetune import finetune as run_finetune
+    from phenoseq.training.calibrate import calibrate as run_calibrate
 
-    name = str(model) if isinstance(model, str | Path) else ""
-    return run_finetune(
-        load_model(model) if isinstance(model, str | Path) else model,  # type: ignore[arg-type]
-        store,
-        name=Path(name).name,
-        freeze=freeze,
-        genes=genes,
-        channels=channels,
-        split=split,
-        epochs=epochs,
-        lr=lr,
-        cache=cache,
-        seed=seed,
-        device=device,
-        out=out,
-        report=report,
-    )
+    loaded = load_model(model) if isinstance(model, str | Path) else model
+    return run_calibrate(loaded, store, seed=seed, out=out)

@@ -276,7 +276,8 @@ def _write_tables(
         found = asdict(r.calibration)
         names = ("coverage", "coverage_common", "closed", "width", "group_means")
         for level in r.calibration.coverage:
-            row = {"name": r.name, "level": float(level)}
+            row = {"name": r.name, "level": float(level), "crps": r.values["crps"]}
+            row |= {"empty": r.calibration.empty, "empty_crps": r.calibration.empty_crps}
             levels.append(row | {k: found[k][level] for k in names})
     genes.to_parquet(folder / "genes.parquet")
     cells.to_parquet(folder / "cells.parquet")

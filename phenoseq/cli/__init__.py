@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_prepare(commands)
     train.add_train(commands)
     train.add_finetune(commands)
+    train.add_calibrate(commands)
     predict.add_predict(commands)
     predict.add_embed(commands)
     evaluate.add_evaluate(commands)

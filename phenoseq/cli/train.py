@@ -1,4 +1,4 @@
-"""``phenoseq train``, handed to LightningCLI as it is, and ``phenoseq finetune``."""
+"""``phenoseq train``, handed to LightningCLI as it is, ``finetune`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_finetune(commands: Commands) -> None:
     """Add ``phenoseq finetune``."""
     finetune = commands.add_parser("finetune", help="train a model on, on your own data")
     finetune.add_argument("model", help="name in the zoo, or folder, of the model to start from")
-    finetune.add_argument("store", help="prepared store")
+    finetune.add_argument("store", help="prepared store, paired as the model is")
     finetune.add_argument("-o", "--out", required=True, help="folder of the new model")
     finetune.add_argument(
         "--freeze",
@@ -48,10 +48,10 @@ def add_finetune(commands: Commands) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    from phenoseq.api import finetune
     from phenoseq.data.splits import SplitConfig
     from phenoseq.errors import DataError
     from phenoseq.genes import read_gene_list
+    from phenoseq.tuning import finetune
 
     split = None
     if options.split_by and options.block:
@@ -60,7 +60,7 @@ def _finetune(options: argparse.Namespace) -> int:
         split = SplitConfig(by=options.split_by, block=None)
     elif options.block:
         split = SplitConfig(block=options.block)
-    finetune(
+    model = finetune(
         options.model,
         options.store,
         freeze=options.freeze,
@@ -75,8 +75,31 @@ def _finetune(options: argparse.Namespace) -> int:
         out=options.out,
         report=print,
     )
-    print(
-        f"model in {options.out}; "
-        f"try: phenoseq evaluate --model {options.out} --store {options.store}"
+    then = f"phenoseq evaluate --model {options.out} --store {options.store}"
+    if model.config.pairing == "sample":
+        then = f"phenoseq predict SOURCE --model {options.out} --sample COLUMN -o PREDICTION.zarr"
+    print(f"model in {options.out}; try: {then}")
+    return 0
+
+
+def add_calibrate(commands: Commands) -> None:
+    """Add ``phenoseq calibrate``."""
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="recalibrate a trained model",
+        description="Recalibrate a trained model on the calibration part of a store, as training "
+        "does at its end.",
     )
+    calibrate.add_argument("model", help="name in the zoo, or folder, of the model")
+    calibrate.add_argument("store", help="prepared store")
+    calibrate.add_argument("-o", "--out", required=True, help="folder of the new model")
+    calibrate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from phenoseq.api import calibrate
+
+    calibrate(options.model, options.store, seed=options.seed, out=options.out)
+    print(f"model in {options.out}")
     return 0

@@ -70,7 +70,8 @@ class BagStream(EpochStream):
         most: int | None = None,
     ) -> None:
         self.n_images, self.n_rna, self.pool = n_images, n_rna, max(pool, n_images)
-        self._pieces = _divide(SampleStore(store), samples, n_rna, most)
+        self.store = Path(store)
+        self._pieces = _divide(self._open(), samples, n_rna, most)
         self._sizes = np.array([piece.n_bags for piece in self._pieces], dtype=np.int64)
         super().__init__(
             store,
@@ -85,7 +86,7 @@ class BagStream(EpochStream):
     def __iter__(self) -> Iterator[Item]:
         """Iterate over the batches of this rank and worker."""
         number, skip = self._turn()
-        new, store = self._new(number), SampleStore(self.store)
+        new, store = self._new(number), self._open()
         names = {"images": "images", "rna": store.manifest.rna}
         if store.manifest.images == "features":
             names["images"] = "features"
@@ -99,6 +100,9 @@ class BagStream(EpochStream):
                 yield _stacked(bags, names, new)
             if not skip:  # else the next batch, which takes all of those waiting, was given
                 kept.update((n, self._bag(store, n, loaded)) for n in waiting if n not in kept)
+
+    def _open(self) -> SampleStore:
+        return SampleStore(self.store)
 
     def _plan(self, number: int) -> Iterator[tuple[list[list[int]], list[int]]]:
         """Yield, for each window, the batches that can be given, and the bags left for later.

@@ -63,8 +63,7 @@ class SampleDataModule(StreamDataModule):
     def stream(self, part: str, *, shuffle: bool, most: int | None = None) -> BagStream:
         """Return the stream of a part, of about ``most`` of its RNA cells, alike of samples."""
         samples = self.parts.rows(part)
-        return BagStream(
-            self.store,
+        return self._bags(
             samples,
             n_images=self.n_images,
             n_rna=self.n_rna,
@@ -75,12 +74,19 @@ class SampleDataModule(StreamDataModule):
             most=None if most is None else max(most // len(samples), self.n_rna),
         )
 
+    def _bags(self, samples: NDArray[np.int64], **how: Any) -> BagStream:
+        return BagStream(self.store, samples, **how)
+
     def image_sample(self, part: str, n: int) -> NDArray[Any]:
         """Return the crops or features of up to ``n`` cells of a part, drawn by the seed."""
-        rows = np.concatenate([np.arange(*place) for place in self._places(part, "image")])
+        rows = self.image_rows(part)
         if len(rows) > n:
             rows = np.random.default_rng(self.seed).choice(rows, n, replace=False)
         return self.opened.images.take(np.sort(rows))
+
+    def image_rows(self, part: str) -> NDArray[np.int64]:
+        """Return the image cells of a part, positions in the store."""
+        return np.concatenate([np.arange(*place) for place in self._places(part, "image")])
 
     def rna_sample(self, part: str, n: int) -> NDArray[np.float32] | sparse.csr_matrix:
         """Return about ``n`` RNA cells of a part, of each sample the same share."""

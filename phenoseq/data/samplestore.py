@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import anndata as ad
 import numpy as np
@@ -98,6 +98,38 @@ class SampleManifest(JsonManifest):
     problems: tuple[dict[str, Any], ...] = ()
 
 
+class ImageRows(Protocol):
+    """What is read of image cells: crops or features, by rows."""
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are decoded together."""
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return ``rows`` in that order."""
+
+
+class RnaRows(Protocol):
+    """What is read of RNA cells, by rows."""
+
+    shape: tuple[int, int]
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32] | sparse.csr_matrix:
+        """Return rows ``start`` to ``stop``, an embedding dense and genes as CSR."""
+
+
+def pairs_by_sample(path: str | Path) -> bool:
+    """Tell whether there is a store that pairs by sample."""
+    path = on_disk(path)
+    if not is_store(path):
+        return False
+    raw: Any = zarr.open_group(path, mode="r").attrs["phenoseq"]
+    return isinstance(raw, dict) and raw.get("pairing") == "sample"
+
+
 class SampleStore:
     """A prepared store of samples, opened for reading.
 
@@ -115,6 +147,9 @@ class SampleStore:
         One row a sample: what ``obs`` says alike of all its cells, and ``image_start``,
         ``image_stop``, ``rna_start`` and ``rna_stop``, the rows that are its cells.
     """
+
+    images: ImageRows
+    rna: RnaRows
 
     def __init__(self, path: str | Path) -> None:
         """Open a store.

@@ -1,10 +1,4 @@
-"""Recalibration of predictive distributions by their PIT on cells kept for it.
-
-Where a distribution F is wrong in the same way everywhere, the randomised PIT of the truth is not
-uniform but follows some R, and R(F) is calibrated (Kuleshov et al. 2018). R is the empirical
-distribution of the PIT on the calibration part, of each gene where it has cells enough, drawn
-towards that of all genes where it has few. It rises, so that quantiles stay in order.
-"""
+"""Whether the draws of a prediction cover the truth as often as they say."""
 
 from __future__ import annotations
 
@@ -12,81 +6,150 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
-from phenoseq.errors import DataError
+from phenoseq.evaluation import probabilistic
+from phenoseq.evaluation.grouped import by_group
+from phenoseq.evaluation.probabilistic import GROUP_CELLS, LEVELS, group_mean_coverage
+from phenoseq.evaluation.tables import Truth
 
-Array = NDArray[np.floating]
-
-#: Knots of the map, and how many cells the map of all genes counts for beside a gene's own.
-KNOTS, PRIOR_CELLS = 101, 500
-#: Least values to fit to.
-_LEAST = 200
+#: Bins of the histogram of the PIT.
+PIT_BINS = 20
+#: Bins of cells by total counts, and of values by predicted level, for which coverage is told.
+_TOTAL_BINS, _MEAN_EDGES = 4, (0.05, 0.2, 0.5, 1.0)
 
 
-@dataclass(frozen=True)
-class Recalibration:
-    """A map of probabilities for each gene.
+@dataclass
+class Calibration:
+    """Whether the draws of a prediction cover the truth as often as they say.
 
     Attributes
     ----------
-    levels
-        Probabilities that the distribution says, at the knots, ``(K,)`` from 0 to 1.
-    shares
-        What share of the truth lies below, ``(g, K)``, rising from 0 to 1.
+    pit, pit_common
+        Histogram of the randomised PIT, of all scored genes and of those in more than 20% of the
+        cells, each divided by its mean.
+    coverage, coverage_common
+        Share of the PIT inside the central interval of each level.
+    closed, width
+        Share of values inside the closed interval, and its mean width.
+    empty, empty_crps
+        Share of values that the empty answer [0, 0] covers by itself, and its CRPS.
+    group_means
+        Share of means of groups of 50 cells or more inside their interval, and their number.
+    by_total, by_level
+        The same as ``coverage`` by total counts of the cell (quarters, between ``total_edges``) and
+        by predicted level (``X``, upper ends in ``level_edges``).
+    level_shares
+        Share of the values at each predicted level.
     """
 
-    levels: NDArray[np.float64]
-    shares: NDArray[np.float64]
+    pit: list[float]
+    pit_common: list[float]
+    coverage: dict[str, float]
+    coverage_common: dict[str, float]
+    closed: dict[str, float]
+    width: dict[str, float]
+    empty: float
+    empty_crps: float
+    group_means: dict[str, float]
+    n_groups: int
+    by_total: dict[str, list[float]]
+    by_level: dict[str, list[float]]
+    total_edges: list[float]
+    level_shares: list[float]
+    level_edges: tuple[float, ...] = _MEAN_EDGES
 
-    def apply(self, probability: Array) -> NDArray[np.float64]:
-        """Turn ``F(y)`` into calibrated probabilities; ``(..., g)``."""
-        out = np.empty(probability.shape)
-        for k, share in enumerate(self.shares):
-            out[..., k] = np.interp(probability[..., k], self.levels, share)
-        return out
 
-    def level_for(self, probability: float) -> NDArray[np.float64]:
-        """Return at which level of F the calibrated quantile of a probability lies, ``(g,)``."""
-        return np.array([np.interp(probability, share, self.levels) for share in self.shares])
-
-
-def fit_recalibration(pit: Array) -> Recalibration:
-    """Fit a recalibration to the randomised PIT of cells that trained nothing.
+class Covered:
+    """Counts how often intervals hold the truth.
 
     Parameters
     ----------
-    pit
-        ``(n, g)``, from :func:`~phenoseq.evaluation.probabilistic.randomised_pit`; NaN where a
-        value is unknown.
-
-    Raises
-    ------
-    DataError
-        Where there are fewer than 200 values, or some lie outside 0 to 1.
+    truth
+        Whose cells are added, all of them once.
+    n_draws
+        Draws of each.
+    seed
+        Of the randomised PIT.
     """
-    known = np.isfinite(pit)
-    if known.sum() < _LEAST:
-        raise DataError(
-            f"{int(known.sum())} values to recalibrate by, of {_LEAST} at least; give the "
-            "calibration part more groups"
+
+    def __init__(self, truth: Truth, n_draws: int, seed: int) -> None:
+        self._truth = truth
+        self._rng = np.random.default_rng([seed, 1])
+        self._edges = np.quantile(truth.total, np.arange(1, _TOTAL_BINS) / _TOTAL_BINS)
+        self._pit = np.zeros((2, PIT_BINS))
+        self._inside = np.zeros((2, len(LEVELS)))
+        self._closed, self._width = np.zeros(len(LEVELS)), np.zeros(len(LEVELS))
+        self._zero = self._sum = 0.0
+        self._binned = [np.zeros((2, len(LEVELS), k)) for k in (_TOTAL_BINS, len(_MEAN_EDGES) + 1)]
+        n_groups, g = len(truth.groups), int(truth.genes.sum())
+        self._true, self._draws = np.zeros((n_groups, g)), np.zeros((n_draws, n_groups, g))
+
+    def add(
+        self,
+        cells: NDArray[np.int64],
+        true: NDArray[np.float32],
+        mean: NDArray[np.float32],
+        draws: NDArray[np.float32],
+    ) -> None:
+        """Add cells, whose draws are in rising order."""
+        common = self._truth.common
+        pit = probabilistic.randomised_pit(*probabilistic.cdf_of_draws(true, draws), self._rng)
+        for k, some in enumerate((pit, pit[:, common])):
+            self._pit[k] += np.histogram(some, PIT_BINS, (0, 1))[0]
+        total = np.searchsorted(self._edges, self._truth.total[cells], side="right")
+        total = np.broadcast_to(total[:, None], true.shape)
+        level = np.searchsorted(_MEAN_EDGES, mean)
+        self._zero += (true == 0).sum()
+        self._sum += true.sum(dtype=np.float64)
+        for i, share in enumerate(LEVELS):
+            inside = np.abs(pit - 0.5) <= share / 2
+            self._inside[:, i] += inside.sum(), inside[:, common].sum()
+            low, high = probabilistic.interval(draws, share)
+            part, width = probabilistic.closed_coverage(true, low, high)
+            self._closed[i] += part * true.size
+            self._width[i] += width * true.size
+            for binned, place in zip(self._binned, (total, level), strict=True):
+                k = binned.shape[2]
+                binned[0, i] += np.bincount(place.ravel(), inside.ravel(), k)
+                binned[1, i] += np.bincount(place.ravel(), minlength=k)
+
+    def add_group_means(
+        self, group: NDArray[np.int64], true: NDArray[np.float32], draws: NDArray[np.float32]
+    ) -> None:
+        """Add cells, whose draws are each one of the whole cell."""
+        n_groups = len(self._true)
+        self._true += by_group(true.astype(np.float64), group, n_groups)
+        for k, draw in enumerate(draws):
+            self._draws[k] += by_group(draw.astype(np.float64), group, n_groups)
+
+    def result(self) -> Calibration:
+        """Return what was found over all cells."""
+        size = np.bincount(self._truth.group, minlength=len(self._true))
+        many = size >= GROUP_CELLS
+        n = self._pit.sum(axis=1)
+        true, draws = self._true[many], self._draws[:, many]
+        true, draws = true / size[many, None], draws / size[many, None]
+        with np.errstate(invalid="ignore"):
+            by_total, by_level = (inside / of for inside, of in self._binned)
+            pit = self._pit / self._pit.mean(axis=1, keepdims=True)
+            inside = self._inside / n[:, None]
+        names = [f"{share:g}" for share in LEVELS]
+        return Calibration(
+            pit=pit[0].tolist(),
+            pit_common=pit[1].tolist(),
+            coverage=dict(zip(names, inside[0].tolist(), strict=True)),
+            coverage_common=dict(zip(names, inside[1].tolist(), strict=True)),
+            closed=dict(zip(names, (self._closed / n[0]).tolist(), strict=True)),
+            width=dict(zip(names, (self._width / n[0]).tolist(), strict=True)),
+            empty=float(self._zero / n[0]),
+            empty_crps=float(self._sum / n[0]),
+            group_means={
+                name: group_mean_coverage(true, draws, share)
+                for name, share in zip(names, LEVELS, strict=True)
+            },
+            n_groups=int(many.sum()),
+            by_total=dict(zip(names, by_total.tolist(), strict=True)),
+            by_level=dict(zip(names, by_level.tolist(), strict=True)),
+            total_edges=self._edges.tolist(),
+            level_shares=(self._binned[1][1, 0] / n[0]).tolist(),
         )
-    if pit[known].min() < 0 or pit[known].max() > 1:
-        raise DataError("PIT values lie between 0 and 1; these do not")
-    levels = ndtr(np.linspace(-4, 4, KNOTS))  # close together in the tails
-    levels[0], levels[-1] = 0.0, 1.0
-    overall = _shares(pit[known], levels)
-    shares = []
-    for gene, there in zip(pit.T, known.T, strict=True):
-        n = int(there.sum())
-        own = _shares(gene[there], levels) if n else overall
-        shares.append((n * own + PRIOR_CELLS * overall) / (n + PRIOR_CELLS))
-    return Recalibration(levels, np.stack(shares))
-
-
-def _shares(values: Array, levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the share of values up to each level, and a little more than before at each."""
-    found = np.searchsorted(np.sort(values), levels, side="right") / len(values)
-    found = (1 - 1e-6) * found + 1e-6 * levels  # so that it can be inverted
-    found[0], found[-1] = 0.0, 1.0
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ from phenoseq.inference.inputs import Inputs
 from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
 from phenoseq.models.config import ImageConfig
-from phenoseq.models.counts import nb_quantile, summarise_mixture
+from phenoseq.models.counts import nb_quantile, redraw, summarise_mixture
 from phenoseq.models.expression import ExpressionConfig, ExpressionSpace
 from phenoseq.models.files import digest_of_model
-from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.phenoseq import ContextDiffusion, PhenoSeq
 from phenoseq.models.record import TrainingRecord
 
 #: A cell is flagged as saturated where more than this share of a stain's pixels is at the top.
@@ -73,9 +73,7 @@ def image_job(
                 names = ids[batch.rows].tolist()
                 noise = cell_normals(seed, names, n_samples, latent_dim)
                 latent = model.generate(context, torch.from_numpy(noise).to(where), steps=steps)
-                uniforms = cell_uniforms(seed, names, max(len(draws), 1), genes)
-                place = torch.from_numpy(uniforms).to(where)
-                values = summarise(model.expression, latent, place, draws)
+                values = summarise(model, model.expression, latent, seed, names, draws)
                 values["obsm/X_phenoseq"] = _numpy(latent.mean(dim=1))
                 values["obs/ood_score"] = _numpy(model.strangeness(context))
             values["obs/saturated"] = _saturated(batch.images)
@@ -123,36 +121,54 @@ def _record(
         "missing_channels": missing,
         "intensity_gain": [float(g) for g in inputs.gain],
         "median_library": model.config.expression.median_library,
+        "recalibrated": model.config.recalibration is not None,
         "skipped_cells": [*inputs.skipped, *inputs.unread],
         "problems": list(inputs.problems),
     }
 
 
 def summarise(
-    space: ExpressionSpace, latent: Tensor, uniforms: Tensor, draws: list[str]
+    model: ContextDiffusion,
+    space: ExpressionSpace,
+    latent: Tensor,
+    seed: int,
+    names: Sequence[str],
+    draws: list[str],
 ) -> dict[str, NDArray[Any]]:
     """Decode the latents ``(B, K, D)`` of some cells or bags and summarise them, field by field.
 
-    ``uniforms`` ``(B, n, g)`` make counts of the first n draws: one, or those named by ``draws``.
+    Counts are drawn of the first n draws: one, or those named by ``draws``. What the model has
+    learned of its calibration is applied to all but ``X``.
     """
     median = space.config.median_library
     rates, library = space.decode(latent)
     expected = library.mean(dim=1)
+    mean = torch.log1p(rates.mean(dim=1) * median)
+    recalibration = model.config.recalibration
+    warp = None if recalibration is None else recalibration.at(mean)
     std, quantiles = summarise_mixture(
         rates * expected[:, None, None],
         space.theta,
         median / expected,
         tuple(QUANTILES.values()),
+        warp,
     )
-    out = {"X": _numpy(torch.log1p(rates.mean(dim=1) * median)), "layers/std": _numpy(std)}
+    out = {"X": _numpy(mean), "layers/std": _numpy(std)}
     for name, values in zip(QUANTILES, quantiles, strict=True):
         out[f"layers/{name}"] = _numpy(values)
-    for k, name in enumerate(draws or ["layers/draw"]):
-        mu = rates[:, k : k + 1] * library[:, k : k + 1, None]
-        counts = nb_quantile(uniforms[:, k], mu, space.theta)
-        share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        out[name] = _numpy(torch.log1p(share * median))
-    out["layers/draw"] = out[draws[0] if draws else "layers/draw"]
+    drawn = draws or ["layers/draw"]
+    n = len(drawn)
+    made = cell_uniforms(seed, names, n if warp is None else 2 * n, len(space.config.genes))
+    uniforms = torch.from_numpy(made).to(latent.device)
+    mu = rates[:, :n] * library[:, :n, None]
+    pieces = [nb_quantile(uniforms[:, k], mu[:, k : k + 1], space.theta) for k in range(n)]
+    counts = torch.stack(pieces, dim=1)
+    if warp is not None:
+        counts = redraw(counts, rates, library[:, :n], space.theta, warp, uniforms[:, n:])
+    share = counts / counts.sum(dim=2, keepdim=True).clamp(min=1)
+    profiles = _numpy(torch.log1p(share * median))
+    out |= {name: profiles[:, k] for k, name in enumerate(drawn)}
+    out["layers/draw"] = out[drawn[0]]
     return out
 
 

@@ -38,7 +38,7 @@ from phenoseq.inference.predictor import (
     tell_inputs,
     var_of,
 )
-from phenoseq.inference.randomness import bag_normals, cell_uniforms
+from phenoseq.inference.randomness import bag_normals
 from phenoseq.models.config import ImageConfig
 from phenoseq.models.embedding import EmbeddingSpace
 from phenoseq.models.expression import ExpressionSpace
@@ -112,7 +112,7 @@ def sample_job(
                 strange = model.strangeness(context).float().cpu().numpy()
                 noise = bag_normals(seed, names, n_samples, config.expression.latent_dim)
                 latent = model.generate(context, torch.from_numpy(noise).to(place), steps=steps)
-                values = _values(space, latent, draws, seed, names)
+                values = _values(model, latent, draws, seed, names)
             if number == 0:
                 tell_strange(strange, given.described, where)
             yield some, {**values, "obs/ood_score": strange}
@@ -136,6 +136,7 @@ def sample_job(
         var = pd.DataFrame(index=[f"{space.config.name}_{i}" for i in range(space.config.width)])
     else:
         record["median_library"] = space.config.median_library
+        record["recalibrated"] = config.recalibration is not None
         var = var_of(space.config, config.training)
     obs = bag_obs(source.obs, bags, sample)
     return Job(
@@ -211,17 +212,13 @@ class _Crops:
 
 
 def _values(
-    space: ExpressionSpace | EmbeddingSpace,
-    latent: Tensor,
-    draws: list[str],
-    seed: int,
-    names: list[str],
+    model: SamplePhenoSeq, latent: Tensor, draws: list[str], seed: int, names: list[str]
 ) -> dict[str, NDArray[Any]]:
+    space = model.expression
     if isinstance(space, EmbeddingSpace):
         made = space.decode(latent).transpose(0, 1).float().cpu().numpy()
         return {"X": made[0], **dict(zip(draws, made, strict=True))}
-    uniforms = cell_uniforms(seed, names, max(len(draws), 1), len(space.config.genes))
-    values = summarise(space, latent, torch.from_numpy(uniforms).to(latent.device), draws)
+    values = summarise(model, space, latent, seed, names, draws)
     return {**values, "obsm/X_phenoseq": latent.mean(dim=1).float().cpu().numpy()}
 
 

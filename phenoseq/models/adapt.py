@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +26,13 @@ from phenoseq.errors import DataError, ModelError
 from phenoseq.genes import match_genes
 from phenoseq.models.config import ImageConfig
 from phenoseq.models.denoiser import Denoiser
+from phenoseq.models.embedding import EmbeddingSpace, standardise
 from phenoseq.models.encoder import Encoder
-from phenoseq.models.expression import fit_expression_space
+from phenoseq.models.expression import ExpressionSpace, fit_expression_space
+from phenoseq.models.givenfeatures import FeatureEncoder, GivenFeatures
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.record import TrainingRecord
+from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.models.transfer import components_for, keep_space, turn_between
 
 #: The expression space is kept where the shared genes carry this share of the latent's variance.
@@ -46,28 +51,53 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Adaptation:
-    """What of a base model was kept.
+class GenesKept:
+    """What of a base model's genes and expression space was kept.
 
     Attributes
     ----------
-    genes, stains
-        Genes (by symbol) and stains.
+    genes
+        By symbol.
     by_symbol
         Shared genes that match by symbol alone.
     captured
         Share of the variance of the base model's latent that the shared genes carry.
     space_kept
         Whether the expression space is the base model's; else a new one was fitted.
+    """
+
+    genes: Overlap
+    by_symbol: int
+    captured: float
+    space_kept: bool
+
+    def __str__(self) -> str:
+        """Tell it, a line for genes and for the space."""
+        space = (
+            f"kept: the shared genes carry {self.captured:.0%} of its variance"
+            if self.space_kept
+            else f"fitted anew: the shared genes carry {self.captured:.0%} of the old one's "
+            f"variance, below {KEEP_SPACE:.0%}"
+        )
+        return (
+            f"genes: {_told(self.genes)}; {self.by_symbol} of the shared by symbol alone\n"
+            f"expression space: {space}"
+        )
+
+
+@dataclass(frozen=True)
+class CropsKept:
+    """What of a base model's stains was kept, and how its crops differ from the new ones.
+
+    Attributes
+    ----------
+    stains
+        By name.
     pixel_size, crop_px
         Of the base model and of the new data.
     """
 
-    genes: Overlap
     stains: Overlap
-    by_symbol: int
-    captured: float
-    space_kept: bool
     pixel_size: tuple[float, float]
     crop_px: tuple[int, int]
 
@@ -78,36 +108,47 @@ class Adaptation:
         return abs(math.log(new / old)) > _SAME_SIZE
 
     def __str__(self) -> str:
-        """Tell what was kept, a line for genes, expression space, stains and crops each."""
-        space = (
-            f"kept: the shared genes carry {self.captured:.0%} of its variance"
-            if self.space_kept
-            else f"fitted anew: the shared genes carry {self.captured:.0%} of the old one's "
-            f"variance, below {KEEP_SPACE:.0%}"
-        )
-        lines = [
-            f"genes: {_told(self.genes)}; {self.by_symbol} of the shared by symbol alone",
-            f"expression space: {space}",
-            f"stains: {_told(self.stains)}",
-        ]
+        """Tell it, a line for stains, and one for crops that are not alike."""
+        text = f"stains: {_told(self.stains)}"
         if self.rescaled or self.crop_px[0] != self.crop_px[1]:
             old, new = (
                 f"{px} px at {um} um" for px, um in zip(self.crop_px, self.pixel_size, strict=True)
             )
-            lines.append(f"crops: {new}, the base model's were {old}")
-        return "\n".join(lines)
+            text += f"\ncrops: {new}, the base model's were {old}"
+        return text
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What of a base model was kept.
+
+    Attributes
+    ----------
+    expression
+        Of the genes; None of an embedding, whose space stays as it is.
+    cells
+        Of the crops; None of features, which are read as they were.
+    """
+
+    expression: GenesKept | None
+    cells: CropsKept | None
+
+    def __str__(self) -> str:
+        """Tell it, line by line."""
+        expression = self.expression or "embedding: as the base model's"
+        return f"{expression}\n{self.cells or 'features: as many a cell as the base model reads'}"
 
 
 def adapt(
-    base: PhenoSeq,
-    image: ImageConfig,
-    counts: sparse.csr_matrix,
+    base: PhenoSeq | SamplePhenoSeq,
+    cells: ImageConfig | NDArray[np.float32],
+    counts: sparse.csr_matrix | None,
     genes: Sequence[str],
     symbols: Sequence[str],
     training: TrainingRecord,
     *,
     seed: int = 0,
-) -> tuple[PhenoSeq, Adaptation]:
+) -> tuple[PhenoSeq | SamplePhenoSeq, Adaptation]:
     """Make a new model for other data from a trained one, to be trained on.
 
     Genes are matched by Ensembl id, then by symbol. Where the shared ones carry at least 90% of the
@@ -117,20 +158,21 @@ def adapt(
     Else a **space is fitted anew**, and the denoiser's projections in and out of the latent are
     turned, by orthogonal Procrustes (Schoenemann 1966) on the loadings of the shared genes, so that
     its directions mean what they meant as far as these tell. A rotation leaves the noise of the
-    diffusion as it is.
+    diffusion as it is. The space of an embedding stays as it is, for the same embedding.
 
     A shared stain keeps its channel of the stem (``joint``) and its embedding; a new stain starts
     from the mean over the base model's. Positions of tokens are interpolated where the crop has
-    another size.
+    another size. Features are standardised by the new cells.
 
     Parameters
     ----------
     base
         The trained model, which is left as it is.
-    image
-        Crops of the new data.
+    cells
+        Crops of the new data; or features of its training cells, ``(n, width)``.
     counts, genes, symbols
-        Raw counts of the new training cells, ``(n, g)``, and their genes.
+        Raw counts of the new training cells, ``(n, g)``, and their genes; None, and none, where the
+        base model predicts an embedding.
     training
         Record of the training to come.
     seed
@@ -138,18 +180,66 @@ def adapt(
 
     Returns
     -------
-    The new model, and what was kept.
+    The new model, of the base model's class, and what was kept.
 
     Raises
     ------
     ModelError
-        Where the backbone cannot read crops of that size with the weights that it has.
+        Where the backbone cannot read crops of that size with the weights that it has, or features
+        are not as many as the base model reads.
     DataError
         Where cells or genes are too few for an expression space.
     """
-    old, new = base.config.expression, _table(genes, symbols)
-    have, want = _shared_genes(_table(old.genes, old.symbols), new)
+    space, turn, of_genes = _take_space(base, counts, _table(genes, symbols), seed)
+    changed: dict[str, Any] = {
+        "expression": space.config,
+        "training": training,
+        "recalibration": None,  # which is of the base model's errors
+    }
+    model: PhenoSeq | SamplePhenoSeq
+    if isinstance(base, PhenoSeq):
+        assert isinstance(space, ExpressionSpace)
+        assert isinstance(cells, ImageConfig)
+        model = PhenoSeq(replace(base.config, image=cells, **changed), space)
+    else:
+        read = cells if isinstance(cells, ImageConfig) else base.config.cells
+        model = SamplePhenoSeq(replace(base.config, cells=read, **changed), space)
+    _take_denoiser(model.denoiser, base.denoiser, turn)
+    model.context_mean.copy_(base.context_mean)
+    model.context_whiten.copy_(base.context_whiten)
+    if not isinstance(cells, ImageConfig):
+        _take_features(model, base, cells)
+        return model, Adaptation(of_genes, None)
+    old = base.config.image if isinstance(base, PhenoSeq) else base.config.cells
+    assert isinstance(old, ImageConfig)
+    assert isinstance(model.encoder, Encoder)
+    assert isinstance(base.encoder, Encoder)
+    _take_encoder(model.encoder, base.encoder, old.channels, cells)
+    stains = Overlap(
+        shared=tuple(c for c in cells.channels if c in old.channels),
+        new=tuple(c for c in cells.channels if c not in old.channels),
+        dropped=tuple(c for c in old.channels if c not in cells.channels),
+    )
+    crops = CropsKept(stains, (old.pixel_size, cells.pixel_size), (old.crop_px, cells.crop_px))
+    return model, Adaptation(of_genes, crops)
+
+
+# --------------------------------------------------------------------------------------- expression
+
+
+def _take_space(
+    base: PhenoSeq | SamplePhenoSeq, counts: sparse.csr_matrix | None, new: pd.DataFrame, seed: int
+) -> tuple[ExpressionSpace | EmbeddingSpace, Tensor, GenesKept | None]:
+    """Return the space of the new model, the turn of its latent, and what of its genes was kept.
+
+    The turn is the map from the new latent to the old one, ``(D_old, D_new)``.
+    """
     space = base.expression
+    if isinstance(space, EmbeddingSpace):
+        return deepcopy(space), torch.eye(space.config.latent_dim), None
+    assert counts is not None
+    old = space.config
+    have, want = _shared_genes(_table(old.genes, old.symbols), new)
     variance = (space.axes[:, have].square().sum(1) * space.spread**2).sum()
     captured = float(variance / (space.spread**2).sum())
     kept = captured >= KEEP_SPACE
@@ -166,30 +256,15 @@ def adapt(
             seed=seed,
         )
         turn = turn_between(space, fitted, have, want)
-    config = replace(base.config, image=image, expression=fitted.config, training=training)
-    model = PhenoSeq(config, fitted)
-    _take_denoiser(model.denoiser, base.denoiser, turn)
-    stains = base.config.image.channels
-    _take_encoder(model.encoder, base.encoder, stains, image)
-    model.context_mean.copy_(base.context_mean)
-    model.context_whiten.copy_(base.context_whiten)
     renamed = new.index[want] != pd.Index(old.genes)[have]
-    return model, Adaptation(
+    of_genes = GenesKept(
         genes=_overlap(new["symbol"], old.symbols, want, have),
-        stains=Overlap(
-            shared=tuple(c for c in image.channels if c in stains),
-            new=tuple(c for c in image.channels if c not in stains),
-            dropped=tuple(c for c in stains if c not in image.channels),
-        ),
         by_symbol=int(renamed.sum()),
         captured=captured,
         space_kept=kept,
-        pixel_size=(base.config.image.pixel_size, image.pixel_size),
-        crop_px=(base.config.image.crop_px, image.crop_px),
     )
-
-
-# --------------------------------------------------------------------------------------- expression
+    library = torch.ones(1, 1)  # last in the latent, which stays
+    return fitted, torch.block_diag(turn, library), of_genes  # type: ignore[no-untyped-call]
 
 
 def _table(genes: Sequence[str], symbols: Sequence[str]) -> pd.DataFrame:
@@ -212,12 +287,11 @@ def _shared_genes(
 
 @torch.no_grad()
 def _take_denoiser(new: Denoiser, old: Denoiser, turn: Tensor) -> None:
-    """Take over a denoiser, its latent turned; the library size, last in the latent, stays."""
-    whole = torch.block_diag(turn, torch.ones(1, 1))  # type: ignore[no-untyped-call]
+    """Take over a denoiser, its latent turned."""
     tensors = dict(old.state_dict())
-    tensors["inward.weight"] = tensors["inward.weight"] @ whole
-    tensors["outward.weight"] = whole.T @ tensors["outward.weight"]
-    tensors["outward.bias"] = whole.T @ tensors["outward.bias"]
+    tensors["inward.weight"] = tensors["inward.weight"] @ turn
+    tensors["outward.weight"] = turn.T @ tensors["outward.weight"]
+    tensors["outward.bias"] = turn.T @ tensors["outward.bias"]
     new.load_state_dict(tensors)
 
 
@@ -244,6 +318,27 @@ def _take_encoder(new: Encoder, old: Encoder, stains: tuple[str, ...], image: Im
                 f"{image.crop_px} px ({name}); prepare the store with --crop-px of the base model"
             )
     new.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def _take_features(
+    new: PhenoSeq | SamplePhenoSeq, old: PhenoSeq | SamplePhenoSeq, features: NDArray[np.float32]
+) -> None:
+    """Take over an encoder of features, which the new ones standardise."""
+    assert isinstance(old, SamplePhenoSeq)
+    assert isinstance(old.config.cells, GivenFeatures)
+    assert isinstance(new.encoder, FeatureEncoder)
+    width = old.config.cells.width
+    if features.shape[1] != width:
+        raise ModelError(
+            f"the store holds {features.shape[1]} features a cell, and the model reads {width}: "
+            f"give it features made alike, by {old.config.cells.extractor} of "
+            f"{list(old.config.cells.channels) or 'the whole cell'}"
+        )
+    new.encoder.load_state_dict(old.encoder.state_dict())
+    mean, std = standardise(features)
+    new.encoder.mean.copy_(mean)
+    new.encoder.std.copy_(std)
 
 
 def stem_name(encoder: Encoder) -> str:

@@ -13,6 +13,7 @@ from phenoseq.models.embedding import EmbeddingConfig
 from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.expression import ExpressionConfig
 from phenoseq.models.givenfeatures import GivenFeatures
+from phenoseq.models.recalibration import Recalibration
 from phenoseq.models.record import TrainingRecord
 from phenoseq.models.strict import (
     NETWORK,
@@ -65,6 +66,8 @@ class PhenoSeqConfig:
 
     Attributes
     ----------
+    recalibration
+        Of the predicted distributions; None leaves them as they are.
     pairing
         ``"cell"``: trained on image and counts of the same cell.
     network
@@ -77,6 +80,7 @@ class PhenoSeqConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    recalibration: Recalibration | None = None
     pairing: Literal["cell"] = "cell"
     network: Literal["phenoseq"] = "phenoseq"
     schema_version: int = SCHEMA_VERSION
@@ -104,6 +108,8 @@ class PhenoSeqConfig:
         _check_image(built.image, where)
         _check_genes(built.expression, built.training, where)
         _check_network(built.denoiser, built.diffusion, where)
+        if built.recalibration is not None:
+            built.recalibration.check(where)
         return built
 
 
@@ -121,6 +127,8 @@ class SampleConfig:
         Of crops; None where features are read.
     bag_size
         Image cells of a sample that are read at once.
+    recalibration
+        Of the predicted distributions of genes; None leaves them as they are.
     pairing
         ``"sample"``: trained on images and RNA of different cells of one sample.
     network
@@ -134,6 +142,7 @@ class SampleConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     bag_size: int = 16
+    recalibration: Recalibration | None = None
     pairing: Literal["sample"] = "sample"
     network: Literal["sample"] = "sample"
     schema_version: int = SCHEMA_VERSION
@@ -163,6 +172,8 @@ class SampleConfig:
         else:
             check_between(where, {"expression: width": (built.expression.width, 1, 1 << 16)})
         _check_network(built.denoiser, built.diffusion, where)
+        if built.recalibration is not None:
+            built.recalibration.check(where)
         return built
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from phenoseq._version import __version__
 from phenoseq.errors import ModelError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: The name under which a configuration says which network it is of.
 NETWORK = "network"
@@ -53,12 +53,16 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
     1 to 2
         Says which network it is of; before, there was one, and those written after the second
         came said so already. The training has a base, which is empty: nothing was fine-tuned.
+    2 to 3
+        Models of cells and of samples have a recalibration, which is none.
     """
     raw = dict(raw)
     if version < 2:
         raw.setdefault(NETWORK, "phenoseq")
         if isinstance(raw.get("training"), dict):
             raw["training"] = {"base": {}, **raw["training"]}
+    if version < 3 and raw.get(NETWORK) in ("phenoseq", "sample"):
+        raw.setdefault("recalibration", None)
     return raw | {"schema_version": SCHEMA_VERSION}
 
 

@@ -25,7 +25,7 @@ from phenoseq.models.record import TrainingRecord
 #: Training crops, and features, that set statistics of pixels and features.
 STATISTICS_CELLS = 4096
 #: Most training RNA cells of samples that the space of expression is fitted to.
-_RNA_CELLS = 1 << 16
+RNA_CELLS = 1 << 16
 
 
 def record_of(data: StreamDataModule, seed: int) -> TrainingRecord:
@@ -112,7 +112,7 @@ def space_of(
             "counts), or with an embedding (--embedding NAME)"
         )
     else:
-        counts = data.rna_sample("train", _RNA_CELLS)
+        counts = data.rna_sample("train", RNA_CELLS)
     assert sparse.issparse(counts)
     space = fit_expression_space(
         counts,
@@ -130,6 +130,6 @@ def embedding_of(data: StreamDataModule) -> tuple[EmbeddingSpace, Tensor]:
     manifest = data.opened.manifest
     assert isinstance(manifest, SampleManifest)
     assert manifest.embedding is not None
-    found = data.rna_sample("train", _RNA_CELLS)
+    found = data.rna_sample("train", RNA_CELLS)
     space = fit_embedding_space(manifest.embedding, np.asarray(found))
     return space, torch.ones(space.config.width, dtype=torch.bool)

@@ -3,8 +3,8 @@
 Layout, in a folder named by the digest of all that the tokens depend on::
 
     KEY/tokens.npy                       float16 (n, N, dim), of the crops as they are
-    KEY/indptr.npy indices.npy data.npy  their counts, as CSR (n, g)
     KEY/rows.npy                         int64 (n,): their positions in the store, rising
+    KEY/indptr.npy indices.npy data.npy  of a store of cells their counts, as CSR (n, g)
 """
 
 from __future__ import annotations
@@ -12,41 +12,75 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from torch import Tensor
 
+from phenoseq.data.bagstream import BagStream
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.dataset import EpochStream
 from phenoseq.data.handover import Batch
+from phenoseq.data.samplemodule import SampleDataModule
+from phenoseq.data.samplestore import SampleStore
+from phenoseq.data.selection import SelectedBagStream, SelectedSampleModule, SelectedSampleStore
 from phenoseq.data.store import Store
 from phenoseq.data.storewriter import whole_or_nothing
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.sample import SamplePhenoSeq
 
 Progress = Callable[[int, int], None]
 Rows = NDArray[np.int64]
 _READ, _BATCH = 2048, 128
+#: Parts of a model's configuration that its tokens depend on.
+_ENCODES = ("image", "cells", "encoder")
 
 
-class TokenCache:
-    """Tokens and counts of some cells, mapped from disk and read as they are used.
+class Tokens:
+    """Tokens of some image cells, mapped from disk and read as they are used.
 
     Attributes
     ----------
     path
         Its folder.
-    tokens, counts, rows
+    tokens, rows
+        See the module.
+    chunk
+        Rows that a store of crops decodes together, as which these are drawn.
+    """
+
+    def __init__(self, path: Path, chunk: int = 1) -> None:
+        self.path, self.chunk = path, chunk
+        self.tokens = np.load(path / "tokens.npy", mmap_mode="r")
+        self.rows: Rows = np.load(path / "rows.npy")
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return len(self.rows)
+
+    def take(self, rows: Rows) -> NDArray[np.float16]:
+        """Return the tokens of cells at ``rows`` of the store, float16 ``(B, N, dim)``."""
+        found: NDArray[np.float16] = self.tokens[np.searchsorted(self.rows, rows)]
+        return found
+
+
+class TokenCache(Tokens):
+    """Tokens and counts of some cells.
+
+    Attributes
+    ----------
+    counts
         See the module.
     """
 
     def __init__(self, path: Path, n_genes: int) -> None:
-        self.path = path
-        self.tokens = np.load(path / "tokens.npy", mmap_mode="r")
-        self.rows: Rows = np.load(path / "rows.npy")
+        super().__init__(path)
         data, indices = (
             np.load(path / f"{name}.npy", mmap_mode="r") for name in ("data", "indices")
         )
@@ -99,35 +133,61 @@ def cache_tokens(
         with whole_or_nothing(path, overwrite=False) as partial:
             partial.mkdir(parents=True)
             _write_counts(store, rows, partial)
-            _write_tokens(model, store, rows, partial, progress)
-            np.save(partial / "rows.npy", rows)
+            _write_tokens(model, store.take, rows, partial, progress)
     return TokenCache(path, len(store.manifest.genes))
+
+
+def cache_image_tokens(
+    model: SamplePhenoSeq,
+    store: SampleStore,
+    rows: Rows,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+) -> Tokens:
+    """Encode image cells of samples once; see :func:`cache_tokens`.
+
+    A cell is encoded by itself, so that its tokens are the same in every bag.
+    """
+    rows = np.sort(rows)
+    path = folder / _key(model, store, rows)
+    if not path.exists():
+        with whole_or_nothing(path, overwrite=False) as partial:
+            partial.mkdir(parents=True)
+            _write_tokens(model, store.images.take, rows, partial, progress)
+    return Tokens(path, store.images.chunk)
 
 
 @torch.no_grad()
 def _write_tokens(
-    model: PhenoSeq,
-    store: Store,
+    model: PhenoSeq | SamplePhenoSeq,
+    take: Callable[[Rows], NDArray[Any]],
     rows: Rows,
     folder: Path,
     progress: Progress | None,
 ) -> None:
     device, was_training = model.image_mean.device, model.training
     model.eval()
+
+    def encode(images: Tensor) -> Tensor:
+        images = images.to(device).float()
+        return model.encode(images if isinstance(model, PhenoSeq) else images[:, None])[0]
+
     n = len(rows)
-    size = model.encode(torch.from_numpy(store.take(rows[:1])).to(device))[0].shape[1:]
+    size = encode(torch.from_numpy(take(rows[:1]))).shape[1:]
     tokens = np.lib.format.open_memmap(
         folder / "tokens.npy", "w+", np.dtype(np.float16), (n, *size)
     )
     for start in range(0, n, _READ):
-        images = torch.from_numpy(store.take(rows[start : start + _READ]))
+        images = torch.from_numpy(take(rows[start : start + _READ]))
         for at in range(0, len(images), _BATCH):
-            crops = images[at : at + _BATCH].to(device).float()
+            crops = images[at : at + _BATCH]
             place = slice(start + at, start + at + len(crops))
-            tokens[place] = model.encode(crops)[0].half().cpu().numpy()
+            tokens[place] = encode(crops).half().cpu().numpy()
             if progress is not None:
                 progress(place.stop, n)
     tokens.flush()
+    np.save(folder / "rows.npy", rows)
     model.train(was_training)
 
 
@@ -151,15 +211,13 @@ def _write_counts(store: Store, rows: Rows, folder: Path) -> None:
     np.save(folder / "indptr.npy", indptr.astype(index))
 
 
-def _key(model: PhenoSeq, store: Store, rows: Rows) -> str:
+def _key(model: PhenoSeq | SamplePhenoSeq, store: Store | SampleStore, rows: Rows) -> str:
     """Return the digest of all that the tokens and counts depend on."""
-    facts = {
-        "layout": 1,
-        "cells": len(store),
-        "store": asdict(store.manifest),
-        "image": asdict(model.config.image),
-        "encoder": asdict(model.config.encoder),
-    }
+    facts: dict[str, Any] = {"layout": 1, "store": asdict(store.manifest)}
+    if isinstance(store, Store):
+        facts["cells"] = len(store)
+    config = model.config.to_json()
+    facts["model"] = {k: v for k, v in json.loads(config).items() if k in _ENCODES}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(rows).tobytes())
     for name, tensor in sorted(model.encoder.state_dict().items()):
@@ -244,3 +302,48 @@ class CachedDataModule(StoreDataModule):
             seed=self.seed,
             workers=max(self.num_workers, 1),
         )
+
+
+class TokenBagStream(SelectedBagStream):
+    """Batches of bags that hold tokens in place of crops, of the same cells.
+
+    ``"images"`` are replaced by ``"tokens"``, float16 ``(B, N, n, dim)``.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of this rank and worker."""
+        for batch in super().__iter__():
+            assert isinstance(batch, dict)
+            batch["tokens"] = batch.pop("images")
+            yield batch
+
+
+class CachedSampleModule(SampleDataModule):
+    """Streams bags of cached tokens in place of a store's crops.
+
+    Parameters
+    ----------
+    data
+        The data that the tokens are of, set up.
+    tokens
+        Of the image cells of its training and validation samples.
+    """
+
+    opened: SelectedSampleStore
+
+    def __init__(self, data: SelectedSampleModule, tokens: Tokens) -> None:
+        super().__init__(
+            data.store,
+            data.split,
+            data.n_images,
+            data.n_rna,
+            data.batch_size,
+            data.num_workers,
+            data.seed,
+            data.max_val,
+        )
+        self.opened, self.parts = copy(data.opened), data.parts
+        self.opened.images = tokens
+
+    def _bags(self, samples: Rows, **how: Any) -> BagStream:
+        return TokenBagStream(self.opened, samples, **how)

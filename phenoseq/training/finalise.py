@@ -1,4 +1,4 @@
-"""What a trained model learns about itself: where its contexts lie, how far to trust a gene."""
+"""What a trained model learns about itself: its contexts, its calibration, its trust in a gene."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from torch import Tensor
 from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.handover import Batch
 from phenoseq.evaluation.metrics import pcc_gene
+from phenoseq.models.counts import nb_cdf, nb_quantile
 from phenoseq.models.expression import MIN_LIBRARY, ExpressionSpace
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.recalibration import LEAST, Recalibration, fit_recalibration
 from phenoseq.models.sample import SamplePhenoSeq
 
 _CELLS, _DRAWS = 8192, 16
+#: Calibration cells, and draws of each, by which a model is recalibrated.
+_CALIBRATION_CELLS, _CALIBRATION_DRAWS = 4096, 32
 #: Samples below which a correlation over them says nothing.
 _SAMPLES = 8
 #: Added to the covariance of contexts, as a share of its mean variance.
@@ -28,15 +32,16 @@ _RIDGE = 1e-2
 def finalise(
     model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule, seed: int = 0
 ) -> PhenoSeq | SamplePhenoSeq:
-    """Fit the out-of-distribution score and compute the reliability of each gene.
+    """Fit the out-of-distribution score and recalibration; compute the reliability of each gene.
 
     The score is fitted on training cells or bags. The reliability is the Pearson correlation of
     predicted (mean of 16 draws) and true expression over validation cells, 0 for a constant; of a
-    model of samples over the means of validation samples, where there are eight and more.
+    model of samples over the means of validation samples, where there are eight and more. For the
+    recalibration see :func:`recalibration_of`.
 
     Returns
     -------
-    The model, in evaluation mode, with both in it.
+    The model, in evaluation mode, with all of it in it.
     """
     model.eval()
     pooled = [model.pooled(_encode(model, b)) for b in data.fixed("train", _CELLS, alone=True)]
@@ -50,8 +55,11 @@ def finalise(
     if not isinstance(model.expression, ExpressionSpace):
         return model
 
-    parts = list(zip(*_profiles(model, model.expression, data, seed), strict=True))
-    truth, predicted, sample = (np.concatenate(part) for part in parts)
+    space = model.expression
+    recalibration = recalibration_of(model, space, data, seed)
+    model.config = replace(model.config, recalibration=recalibration)
+    profiles = _profiles(model, space, data, seed)
+    truth, predicted, sample = (np.concatenate(part) for part in zip(*profiles, strict=True))
     if isinstance(model, SamplePhenoSeq):
         truth, predicted = (_means(values, sample) for values in (truth, predicted))
         if len(truth) < _SAMPLES:
@@ -59,6 +67,43 @@ def finalise(
     reliability = np.round(pcc_gene(truth, predicted), 4)
     training = replace(model.config.training, reliability=tuple(reliability.tolist()))
     return model.with_record(training)
+
+
+@torch.inference_mode()
+def recalibration_of(
+    model: PhenoSeq | SamplePhenoSeq,
+    space: ExpressionSpace,
+    data: StreamDataModule,
+    seed: int = 0,
+) -> Recalibration | None:
+    """Fit a recalibration of a model of genes to up to 4096 calibration cells.
+
+    The PIT is of a count under the mixture over 31 draws, at the cell's own library size: so it
+    tells how counts are spread, whatever library size a cell turns out to have. Beside it stands
+    that of a count of the 32nd draw.
+
+    Returns
+    -------
+    The recalibration, or None where there is no calibration part, or it has fewer than 200 cells of
+    20 counts and more.
+    """
+    if not (data.parts.part == "cal").any() or data.n_cells("cal") < LEAST:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    median, theta = space.config.median_library, space.theta
+    cells, draws = _CALIBRATION_CELLS, _CALIBRATION_DRAWS
+    found: list[tuple[NDArray[np.float32], ...]] = []
+    for counts, rates, _ in _decoded(model, space, data, "cal", cells, draws, seed):
+        mu = rates * counts.sum(dim=1)[:, None, None]
+        drawn = nb_quantile(torch.rand(counts.shape, generator=generator), mu[:, :1], theta)
+        pits = []
+        for some in (counts, drawn):
+            below, at_most = nb_cdf(some, mu[:, 1:], theta)
+            v = torch.rand(below.shape, generator=generator)
+            pits.append((below + v * (at_most - below)).numpy())
+        found.append((*pits, torch.log1p(rates.mean(dim=1) * median).numpy()))
+    true, own, level = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return fit_recalibration(true, own, level) if len(true) >= LEAST else None
 
 
 def _encode(model: PhenoSeq | SamplePhenoSeq, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -71,13 +116,27 @@ def _profiles(
     model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
     """Yield true and predicted expression of validation cells, and the sample each is of."""
-    generator = torch.Generator().manual_seed(seed)
     median = space.config.median_library
-    for batch in data.fixed("val", _CELLS, alone=True):
+    for counts, rates, sample in _decoded(model, space, data, "val", _CELLS, _DRAWS, seed):
+        truth = torch.log1p(counts / counts.sum(dim=1, keepdim=True) * median)
+        yield truth.numpy(), torch.log1p(rates.mean(dim=1) * median).numpy(), sample.numpy()
+
+
+def _decoded(
+    model: PhenoSeq | SamplePhenoSeq,
+    space: ExpressionSpace,
+    data: StreamDataModule,
+    part: str,
+    n_cells: int,
+    n_draws: int,
+    seed: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield counts ``(n, g)``, drawn rates ``(n, K, g)`` and the sample of cells of a part."""
+    generator = torch.Generator().manual_seed(seed)
+    for batch in data.fixed(part, n_cells, alone=True):
         counts = batch["counts"]
-        latent_dim = space.config.latent_dim
-        noise = torch.randn(len(counts), _DRAWS, latent_dim, generator=generator)
-        rates = space.decode(model.generate(_encode(model, batch), noise))[0].mean(dim=1)
+        noise = torch.randn(len(counts), n_draws, space.config.latent_dim, generator=generator)
+        rates = space.decode(model.generate(_encode(model, batch), noise))[0]
         rows = batch["rows"]
         sample = batch.get("sample", torch.zeros(len(counts), dtype=torch.long))
         keep = batch.get("keep_rna", torch.ones_like(rows, dtype=torch.bool))
@@ -86,9 +145,7 @@ def _profiles(
             rates, sample = (x.repeat_interleave(each, dim=0) for x in (rates, sample))
             counts, keep = counts.flatten(0, 1), keep.flatten()
         keep = keep & (counts.sum(dim=1) >= MIN_LIBRARY)
-        counts, rates, sample = counts[keep], rates[keep], sample[keep]
-        truth = torch.log1p(counts / counts.sum(dim=1, keepdim=True) * median)
-        yield truth.numpy(), torch.log1p(rates * median).numpy(), sample.numpy()
+        yield counts[keep], rates[keep], sample[keep]
 
 
 def _means(values: NDArray[np.float32], sample: NDArray[np.int64]) -> NDArray[np.float32]:

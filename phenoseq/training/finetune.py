@@ -1,41 +1,37 @@
-"""Fine-tuning: a trained model goes on learning on other data, and the old one stays as it is."""
+"""The training that fine-tunes a model: what of it is trained, how fast, and until when."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
+from scipy import sparse
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from phenoseq.data.datamodule import StoreDataModule
+from phenoseq.data.datamodule import StoreDataModule, StreamDataModule
 from phenoseq.data.handover import Batch
-from phenoseq.data.selection import SelectedDataModule
-from phenoseq.data.splits import SplitConfig
-from phenoseq.errors import DataError, ModelError, PhenoseqWarning
+from phenoseq.errors import DataError, ModelError
 from phenoseq.models.adapt import Adaptation, adapt, stem_name
 from phenoseq.models.diffusion import logit_normal
+from phenoseq.models.embedding import EmbeddingConfig
 from phenoseq.models.encoder import Encoder
+from phenoseq.models.expression import ExpressionConfig
 from phenoseq.models.files import digest_of_model
+from phenoseq.models.givenfeatures import FeatureEncoder
 from phenoseq.models.phenoseq import PhenoSeq
-from phenoseq.progress import bar
-from phenoseq.training.build import image_of, record_of
-from phenoseq.training.cache import CachedDataModule, cache_tokens
+from phenoseq.models.sample import SamplePhenoSeq
+from phenoseq.training.build import RNA_CELLS, STATISTICS_CELLS, image_of, record_of
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.checkpoints import (
     BEST,
@@ -46,6 +42,7 @@ from phenoseq.training.checkpoints import (
     resumable,
     steps_done,
 )
+from phenoseq.training.finetunedata import Data
 from phenoseq.training.logs import CsvLogger, LearningCurves
 from phenoseq.training.module import PhenoSeqModule
 from phenoseq.training.settings import keep_settings, same_settings
@@ -53,135 +50,27 @@ from phenoseq.training.settings import keep_settings, same_settings
 Freeze = Literal["encoder", "none", "all-but-head"]
 #: Below so many training cells a warning is given.
 FEW_CELLS = 1000
+#: Or so many training samples.
+FEW_SAMPLES = 20
 #: Highest learning rates, where the encoder is frozen and where it is not.
-_LR = {"encoder": 1e-3, "all-but-head": 1e-3, "none": 3e-4}
+LR = {"encoder": 1e-3, "all-but-head": 1e-3, "none": 3e-4}
 #: What each stage of the encoder's backbone learns slower than the stage after it.
 LAYER_DECAY = 0.7
 #: Epochs without a better validation loss after which training stops.
 PATIENCE = 8
-#: Batches an epoch that few cells are still cut into, and the least and largest batch.
-_BATCHES, _LEAST, _LARGEST = 16, 16, 128
-#: In the folder of the run: what of the base model was kept, every gene and stain by name.
-KEPT = "kept.json"
 #: Parts of the denoiser that are trained where all but the head is frozen.
 _HEAD = ("inward", "last", "outward")
 
 
-def finetune(
-    base: PhenoSeq,
-    store: str | Path,
-    *,
-    name: str = "",
-    freeze: Freeze = "encoder",
-    genes: Sequence[str] | None = None,
-    channels: Sequence[str] | None = None,
-    split: SplitConfig | None = None,
-    epochs: int = 30,
-    lr: float | None = None,
-    cache: bool = True,
-    seed: int = 0,
-    device: str = "auto",
-    out: str | Path | None = None,
-    report: Callable[[str], None] | None = None,
-) -> PhenoSeq:
-    """Fine-tune a model; see :func:`phenoseq.finetune`, which loads it by ``name``."""
-    if freeze not in get_args(Freeze):
-        raise ModelError(f"freeze is {freeze!r}; choose from {list(get_args(Freeze))}")
-    if not isinstance(base, PhenoSeq):
-        raise ModelError(
-            f"{name or 'this model'}: only models of single cells can be fine-tuned; train a model "
-            "of samples with 'phenoseq train'"
-        )
-    base = deepcopy(base).cpu()  # wherever it is, there it stays
-    target = _free(out)
-    data = FinetuneData(store, base, split, channels=channels, genes=genes, seed=seed)
-    data.setup()
-    model, kept = _adapted(base, data, name, freeze, seed)
-    if report is not None:
-        report(str(kept))
-    _warn(kept, data, freeze)
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) if target is None else target.with_name(f"{target.name}.run")
-        root.mkdir(parents=True, exist_ok=True)
-        (root / KEPT).write_text(json.dumps(asdict(kept), indent=1) + "\n")
-        used: StoreDataModule = data
-        if cache and freeze != "none":
-            rows = np.union1d(data.parts.rows("train"), data.some("val", data.max_val))
-            folder = root / "tokens"
-            with bar("encoding cells") as progress:
-                tokens = cache_tokens(model, data.opened, rows, folder, progress=progress)
-            used = CachedDataModule(data, tokens)
-        module = FinetuneModule(
-            model,
-            freeze=freeze,
-            new_stains=bool(kept.stains.new),
-            lr=_LR[freeze] if lr is None else lr,
-            seed=seed,
-        )
-        settings = {
-            "base": model.config.training.base,
-            "store": data.opened.manifest.identity,
-            "split": data.parts.digest,
-            "genes": list(data.opened.manifest.symbols),
-            "channels": list(data.opened.manifest.channels),
-            "epochs": epochs,
-            "lr": module.lr,
-            "cache": cache,
-            "seed": seed,
-        }
-        fit(module, used, root, settings, epochs=epochs, device=device)
-        done = module.finish(data)
-        assert isinstance(done, PhenoSeq)
-        if target is not None:
-            done.save(target)
-            shutil.rmtree(root / "tokens", ignore_errors=True)
-    return done.eval()
+class StopEarly(EarlyStopping):
+    """Stops where the validation loss no longer falls, and when a stopped run is taken up again."""
 
+    def __init__(self) -> None:
+        super().__init__("val_loss", patience=PATIENCE, check_on_train_epoch_end=False)
 
-class FinetuneData(SelectedDataModule):
-    """Streams the stains and genes of a store that a model is fine-tuned on.
-
-    Parameters
-    ----------
-    store
-        Path of a store of cells.
-    base
-        Whose split is used, where none is given.
-    split, seed
-        See :class:`~phenoseq.data.datamodule.StoreDataModule`.
-    channels, genes
-        See :class:`~phenoseq.data.selection.SelectedDataModule`.
-    """
-
-    def __init__(
-        self,
-        store: str | Path,
-        base: PhenoSeq,
-        split: SplitConfig | None,
-        *,
-        channels: Sequence[str] | None,
-        genes: Sequence[str] | None,
-        seed: int,
-    ) -> None:
-        split = split or SplitConfig(**base.config.training.split)  # type: ignore[arg-type]
-        super().__init__(store, split, seed=seed, channels=channels, genes=genes)
-        self._base = base.config.training
-
-    def setup(self, stage: str | None = None) -> None:
-        """Open the store and divide its cells; raises :class:`~phenoseq.errors.DataError`."""
-        super().setup(stage)
-        same = self.split == SplitConfig(**self._base.split)  # type: ignore[arg-type]
-        if (
-            same
-            and self.opened.manifest.identity == self._base.identity
-            and self.parts.digest != self._base.split_digest
-        ):
-            raise DataError(
-                f"{self.store}: divides its cells otherwise than the base model was trained with, "
-                "so that cells it has seen would be tested; prepare the store with the same options"
-            )
-        n = self.n_cells("train")
-        self.batch_size = int(np.clip(n // _BATCHES, _LEAST, _LARGEST))
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop at once where the checkpoint was made after the last epoch."""
+        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
 
 
 class FinetuneModule(PhenoSeqModule):
@@ -189,7 +78,8 @@ class FinetuneModule(PhenoSeqModule):
 
     Where the batches hold cached tokens of a frozen encoder, each cell takes one noise level a step
     in place of several: these share the cost of encoding, of which none is left. The level is drawn
-    from the same mixture, so that the expected gradient is the same.
+    from the same mixture, so that the expected gradient is the same. The RNA cells of a bag take
+    several, which share the cost of reading all its tokens.
 
     Parameters
     ----------
@@ -204,15 +94,22 @@ class FinetuneModule(PhenoSeqModule):
         slower towards the image, by 0.7 each (layer-wise decay; Howard and Ruder 2018).
     """
 
-    model: PhenoSeq
     cached_levels = 1
 
     def __init__(
-        self, model: PhenoSeq, *, freeze: Freeze, new_stains: bool, lr: float, seed: int
+        self,
+        model: PhenoSeq | SamplePhenoSeq,
+        *,
+        freeze: Freeze,
+        new_stains: bool,
+        lr: float,
+        seed: int,
     ) -> None:
         super().__init__(lr=lr, warmup_steps=50, seed=seed)
         self.model = model
-        self.scored = torch.ones(len(model.config.expression.genes), dtype=torch.bool)
+        predicts = model.config.expression
+        width = predicts.width if isinstance(predicts, EmbeddingConfig) else len(predicts.genes)
+        self.scored = torch.ones(width, dtype=torch.bool)
         self.new_stains = new_stains
         if freeze != "none":
             model.encoder.requires_grad_(False)
@@ -222,7 +119,7 @@ class FinetuneModule(PhenoSeqModule):
 
     def training_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the loss of a batch, a number."""
-        if "tokens" not in batch:
+        if "tokens" not in batch or isinstance(self.model, SamplePhenoSeq):
             return super().training_loss(batch, generator)
         shape = (len(batch["rows"]), self.cached_levels)
         drop = self._coins(shape[:1], generator) < self.drop_context
@@ -233,18 +130,28 @@ class FinetuneModule(PhenoSeqModule):
             self.encode(batch), batch["counts"], t.to(self.device), noise.to(self.device), drop
         ).mean()
 
+    def encode_augmented(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Encode the images of a batch, augmented, or take their tokens."""
+        if "tokens" in batch:
+            return self.encode(batch)
+        return super().encode_augmented(batch, generator)
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encode the images of a batch as they are, or take their tokens."""
         if "tokens" not in batch:
             return super().encode(batch)
-        tokens = batch["tokens"]
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        tokens = batch["tokens"].float()
+        if "keep" not in batch:
+            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        keep = batch["keep"][:, :, None].expand(tokens.shape[:3])  # of all tokens of a cell
+        return tokens.flatten(1, 2), keep.flatten(1)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return groups by learning rate: weight decay on matrices alone."""
-        slower = _slower(self.model.encoder)
-        if self.new_stains and not self.model.encoder.separate:
-            slower.pop(f"{stem_name(self.model.encoder)}.weight")
+        encoder = self.model.encoder
+        slower = _slower(encoder) if isinstance(encoder, Encoder) else {}
+        if isinstance(encoder, Encoder) and self.new_stains and not encoder.separate:
+            slower.pop(f"{stem_name(encoder)}.weight")
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, weights in self.model.named_parameters():
             if weights.requires_grad:
@@ -275,7 +182,7 @@ def _slower(encoder: Encoder) -> dict[str, float]:
 
 def fit(
     module: FinetuneModule,
-    data: StoreDataModule,
+    data: StreamDataModule,
     root: Path,
     settings: dict[str, Any],
     *,
@@ -300,7 +207,8 @@ def fit(
     Raises
     ------
     ModelError
-        Where the folder holds a run with other settings, or a checkpoint that cannot be read.
+        Where the folder holds a run with other settings, or a checkpoint that cannot be read, or
+        the loss was never a number.
     """
     text = yaml.safe_dump(settings)
     same_settings(root, text)
@@ -308,13 +216,12 @@ def fit(
     last, best = (folder_of(root) / file for file in (LAST, BEST))
     done = steps_done(last)
     kind, _, number = device.partition(":")
-    stop = EarlyStopping("val_loss", patience=PATIENCE, check_on_train_epoch_end=False)
     with _quiet(), resumable():
         trainer = L.Trainer(
             max_epochs=epochs,
             accelerator={"cuda": "gpu"}.get(kind, kind),
             devices=[int(number)] if number else 1,
-            callbacks=[WarmEMA(), Checkpoints(), LearningCurves(), stop],
+            callbacks=[WarmEMA(), Checkpoints(), LearningCurves(), StopEarly()],
             logger=CsvLogger(root, done),
             plugins=[AtomicCheckpointIO()],
             gradient_clip_val=1.0,
@@ -324,6 +231,8 @@ def fit(
             default_root_dir=root,
         )
         trainer.fit(module, datamodule=data, ckpt_path=last if done else None, weights_only=False)
+    if not best.exists():
+        raise ModelError(f"{root}: the validation loss was never a number; set a lower lr")
     module.load_state_dict(torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
 
 
@@ -341,9 +250,10 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _adapted(
-    base: PhenoSeq, data: FinetuneData, name: str, freeze: Freeze, seed: int
-) -> tuple[PhenoSeq, Adaptation]:
+def adapted(
+    base: PhenoSeq | SamplePhenoSeq, data: Data, name: str, freeze: Freeze, seed: int
+) -> tuple[PhenoSeq | SamplePhenoSeq, Adaptation]:
+    """Fit a model to the training cells of data; see :func:`~phenoseq.models.adapt.adapt`."""
     record = base.config.training
     origin = {
         "model": name,
@@ -353,10 +263,17 @@ def _adapted(
         "freeze": freeze,
     }
     manifest = data.opened.manifest
+    counts = None
+    if isinstance(base.config.expression, ExpressionConfig):
+        of_cells = isinstance(data, StoreDataModule)
+        found = data.rna_sample("train", data.n_cells("train") if of_cells else RNA_CELLS)
+        counts = sparse.csr_matrix(found)
     return adapt(
         base,
-        image_of(data),
-        data.opened.counts(data.parts.rows("train")),
+        data.image_sample("train", STATISTICS_CELLS)
+        if isinstance(base.encoder, FeatureEncoder)
+        else image_of(data),
+        counts,
         manifest.genes,
         manifest.symbols,
         replace(record_of(data, seed), base=origin, encoder_weights=record.encoder_weights),
@@ -364,34 +281,41 @@ def _adapted(
     )
 
 
-def _warn(kept: Adaptation, data: FinetuneData, freeze: Freeze) -> None:
-    """Warn of what makes the new model worse than it could be."""
+def warnings_of(kept: Adaptation, data: Data, freeze: Freeze) -> list[str]:
+    """Say what makes the new model worse than it could be."""
     found = []
-    n = data.n_cells("train")
-    if n < FEW_CELLS:
+    if isinstance(data, StoreDataModule):
+        n = data.n_cells("train")
+        if n < FEW_CELLS:
+            found.append(
+                f"{data.store}: {n} training cells are few: below {FEW_CELLS:,} compare the new "
+                "model with the ridge of 'phenoseq evaluate' before you use it"
+            )
+    elif len(data.parts.rows("train")) < FEW_SAMPLES:
         found.append(
-            f"{data.store}: {n} training cells are few: below {FEW_CELLS:,} compare the new model "
-            "with the ridge of 'phenoseq evaluate' before you use it"
+            f"{data.store}: {len(data.parts.rows('train'))} training samples are few, however "
+            f"many their cells: below {FEW_SAMPLES} compare the new model with the old one, by "
+            "'phenoseq predict' on samples that neither has seen, before you use it"
         )
-    if kept.rescaled:
-        old, new = kept.pixel_size
+    crops = kept.cells
+    if crops is not None and crops.rescaled:
+        old, new = crops.pixel_size
         found.append(
             f"{data.store}: a pixel is {new} um, and was {old} um to the base model, which takes "
             f"cells for {old / new:.2g} times their size. 'phenoseq prepare --crop-pixel-size "
-            f"{old} --crop-px {kept.crop_px[0]}' makes crops as it knows them; else unfreeze the "
+            f"{old} --crop-px {crops.crop_px[0]}' makes crops as it knows them; else unfreeze the "
             "encoder"
         )
-    if kept.stains.new and freeze != "none":
+    if crops is not None and crops.stains.new and freeze != "none":
         found.append(
-            f"{data.store}: the stains {list(kept.stains.new)} are new to the encoder, which is "
+            f"{data.store}: the stains {list(crops.stains.new)} are new to the encoder, which is "
             "frozen and reads them as the mean of those it knows; freeze='none' lets it learn them"
         )
-    for text in found:
-        warnings.warn(text, PhenoseqWarning, stacklevel=4)
+    return found
 
 
-def _free(out: str | Path | None) -> Path | None:
-    """Check that a model may be written there."""
+def check_free(out: str | Path | None) -> Path | None:
+    """Check that a model may be written there; raises :class:`~phenoseq.errors.DataError`."""
     if out is None:
         return None
     path = Path(out)

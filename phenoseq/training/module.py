@@ -202,17 +202,11 @@ class PhenoSeqModule(TrainingModule):
     def training_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the loss of a batch, a number."""
         rows, keep = targets_of(batch)
-        cells = batch["images"].float() if "images" in batch else batch["features"]
-        if "images" in batch:
-            cells = augment(cells.flatten(0, -4), generator).view_as(cells)
-        n_stains = max(len(self._stains), 1)
-        present = self._coins((len(rows), n_stains), generator) >= self.drop_channel
-        present |= ~present.any(dim=1, keepdim=True)
+        context = self.encode_augmented(batch, generator)
         drop = self._coins((len(rows),), generator) < self.drop_context
         t = logit_normal(rows.numel() * self.levels, generator).view(*rows.shape, self.levels)
         noise = torch.randn(*t.shape, self.model.expression.config.latent_dim, generator=generator)
-        loss = self._losses(batch, self._encode(batch, cells, present), t, noise, drop)
-        return loss[keep].mean()
+        return self._losses(batch, context, t, noise, drop)[keep].mean()
 
     def validation_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss over all times, and at pure noise, of every RNA cell."""
@@ -222,6 +216,16 @@ class PhenoSeqModule(TrainingModule):
         z = z.view(*rows.shape, self.levels, 1 + dim)
         loss = self._losses(batch, self.encode(batch), torch.sigmoid(z[..., 0]), z[..., 1:])
         return {"val_loss": loss.mean(dim=-1), "val_mean_loss": loss[..., 0]}
+
+    def encode_augmented(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Encode the images of a batch, turned and brightened, without some of their stains."""
+        cells = batch["images"].float() if "images" in batch else batch["features"]
+        if "images" in batch:
+            cells = augment(cells.flatten(0, -4), generator).view_as(cells)
+        n_stains = max(len(self._stains), 1)
+        present = self._coins((len(cells), n_stains), generator) >= self.drop_channel
+        present |= ~present.any(dim=1, keepdim=True)
+        return self._encode(batch, cells, present)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encode the images of a batch as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
@@ -29,7 +29,14 @@ from phenoseq.models.files import load_weights, save_folder
 from phenoseq.models.phenoseq import pool
 from phenoseq.training.augment import augment
 from phenoseq.training.callbacks import WarmEMA
-from phenoseq.training.checkpoints import resumable
+from phenoseq.training.checkpoints import (
+    LAST,
+    AtomicCheckpointIO,
+    Checkpoints,
+    folder_of,
+    resumable,
+    steps_done,
+)
 from phenoseq.training.optimiser import adamw, decayed_groups
 
 _STATISTICS_CELLS, _BATCH = 4096, 256
@@ -178,7 +185,7 @@ def train_regressor(
 ) -> tuple[Regressor, dict[str, Any]]:
     """Train a regressor, or take the one that a folder holds already.
 
-    A run that was stopped goes on with the next epoch.
+    A run that was stopped goes on from its last checkpoint, as ``phenoseq train`` does.
 
     Parameters
     ----------
@@ -200,7 +207,10 @@ def train_regressor(
     Raises
     ------
     ModelError
-        Where the folder holds the regressor of another store, split or configuration.
+        Where the folder holds the regressor of another store, split or configuration, or a
+        checkpoint that cannot be read.
+    DataError
+        Where the disk is full; the checkpoint before is as it was.
     """
     root = Path(folder)
     manifest = store.manifest
@@ -226,10 +236,11 @@ def train_regressor(
         regressor = Regressor(config, *shape)
         load_weights(regressor, root)
         return regressor.eval(), facts
-    last = root / "checkpoints" / f"{key}.ckpt"
+    run = root / f"{key}.run"
+    last = folder_of(run) / LAST
     module = _RegressorModule(config, median)
     trainer = L.Trainer(
-        default_root_dir=root,
+        default_root_dir=run,
         max_epochs=config.epochs,
         accelerator="auto" if device == "auto" else device.partition(":")[0],
         devices=1,
@@ -238,14 +249,14 @@ def train_regressor(
         logger=False,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
-        callbacks=[
-            WarmEMA(config.ema),
-            ModelCheckpoint(last.parent, filename=key, enable_version_counter=False),
-        ],
+        callbacks=[WarmEMA(config.ema), Checkpoints()],
+        plugins=[AtomicCheckpointIO()],
     )
     start = time.monotonic()
     with resumable():
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
+        trainer.fit(module, datamodule=data, ckpt_path=last if steps_done(last) else None)
+    # The mean weights, which Lightning leaves out of the module where all epochs were done before.
+    module.load_state_dict(torch.load(last, map_location="cpu", weights_only=False)["state_dict"])
     regressor = module.network.cpu().float().eval()
     facts = {
         "key": key,
@@ -255,7 +266,7 @@ def train_regressor(
         "seconds_of_last_run": round(time.monotonic() - start, 1),
     }
     save_folder(root, json.dumps(facts, indent=1), regressor.state_dict())
-    last.unlink(missing_ok=True)
+    shutil.rmtree(run)
     return regressor, facts
 
 

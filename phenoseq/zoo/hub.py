@@ -29,6 +29,7 @@ from phenoseq.errors import ModelError
 from phenoseq.models.files import CONFIG, WEIGHTS, about_pickles, config_text
 from phenoseq.models.load import read_any_config
 from phenoseq.zoo.cards import CARD, METRICS
+from phenoseq.zoo.resume import fetch_blob
 
 TRAINING = "training.yaml"
 #: What is read of a repository besides the weights; nothing else in it is ever fetched.
@@ -99,6 +100,9 @@ def snapshot(
     It is named by the commit. ``local`` keeps away from the network; else as :func:`fetch`.
     """
     try:
+        for name in () if local else names:
+            if name not in SMALL:
+                fetch_blob(reference.repo, name, reference.revision)
         folder = huggingface_hub.snapshot_download(
             reference.repo,
             revision=reference.revision,
@@ -219,7 +223,7 @@ def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelE
             f"to {constants.HF_HOME}"
         )
     elif "Consistency check failed" in str(error):
-        say = f"the connection broke, and nothing of the file was kept ({first}); try again"
+        say = f"the connection broke ({first}); try again, and it goes on from there"
     else:
         say = (
             f"cannot be had from {endpoint} ({type(error).__name__}: {first}). Check the network "

@@ -21,7 +21,8 @@ import phenoseq
 from phenoseq.data.splits import SplitConfig
 from phenoseq.training.cache import CachedDataModule, cache_tokens
 from phenoseq.training.callbacks import WarmEMA
-from phenoseq.training.finetune import FinetuneData, FinetuneModule
+from phenoseq.training.finetune import FinetuneModule
+from phenoseq.training.finetunedata import open_data
 
 WARM, STEPS = 4, 40
 
@@ -62,8 +63,7 @@ def epoch(data, model: str, *, freeze: str, levels: int = 1) -> float:
 def main(store: str, name: str) -> None:
     warnings.simplefilter("ignore")
     model = phenoseq.load_model(name)
-    data = FinetuneData(store, model, SplitConfig(), channels=None, genes=None, seed=0)
-    data.setup()
+    data = open_data(store, model, SplitConfig(), channels=None, genes=None, seed=0)
     rows = data.parts.rows("train")
     with tempfile.TemporaryDirectory() as where:
         some = rows[: 8 * data.batch_size]

@@ -54,6 +54,8 @@ def test_what_exists_is_scored(paths, tmp_path, capsys, monkeypatch):
     assert cells["model"].mean() == pytest.approx(scores.loc["model", "energy_score"])
     coverage = pd.read_parquet(tmp_path / "out/calibration.parquet")
     assert set(coverage["level"]) == {0.5, 0.8, 0.9}
+    assert coverage["crps"][0] == pytest.approx(facts["scores"][0]["crps"])
+    assert len(set(coverage["empty_crps"])) == 1  # the empty answer is the same to all
 
 
 def test_baselines_cannot_be_left_out(paths, tmp_path, capsys):

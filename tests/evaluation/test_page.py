@@ -242,6 +242,12 @@ def test_in_a_browser(browse):
             "document.getElementById('choice').selectedOptions[0].textContent"
         )
         await browser.until(f"{title} === {json.dumps(chosen)}")
+        # coverage: by level, by total counts (in quarters) and by predicted level (in five)
+        for table, columns in (("coverage", 10), ("strata", 2 + 4 + 5)):
+            heads = f"document.querySelectorAll('#{table} thead th').length"
+            assert await browser.run(heads) == columns
+            row = f"document.querySelector('#{table} tbody tr').children.length"
+            assert await browser.run(row) == columns
         # every control can be reached, has a name, and every picture says what it is
         bare = (
             "[...document.querySelectorAll('input, select, button, a, [role=img], img')]"

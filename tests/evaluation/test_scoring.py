@@ -92,6 +92,34 @@ def test_the_model_is_calibrated_and_random_cells_too(compared):
         assert found.n_groups == 5  # of 50 cells or more, since three have too few counts
 
 
+def test_coverage_is_told_by_total_counts_and_level_beside_the_empty_answer(
+    opened, compared, arrays
+):
+    truth, (true, mean, draws) = opened[0], arrays
+    found = compared[1][0].calibration
+    assert found.empty == pytest.approx((true == 0).mean())
+    assert found.empty_crps == pytest.approx(probabilistic.crps(true, 0 * true[None]).mean())
+    assert found.width["0.8"] == pytest.approx(
+        np.subtract(*probabilistic.interval(draws, 0.8)[::-1]).mean(), rel=1e-5
+    )
+    level = np.searchsorted(found.level_edges, mean)
+    want = [(level == k).mean() for k in range(5)]
+    np.testing.assert_allclose(found.level_shares, want, atol=1e-9)
+    known = np.array(want) > 0
+    each = np.array(found.by_level["0.8"])
+    assert np.isfinite(each).tolist() == known.tolist()
+    # each is a mean over the values of its bin, so that together they give the whole
+    assert np.average(each[known], weights=np.array(want)[known]) == pytest.approx(
+        found.coverage["0.8"]
+    )
+    np.testing.assert_allclose(found.total_edges, np.quantile(truth.total, [0.25, 0.5, 0.75]))
+    quarter = np.searchsorted(found.total_edges, truth.total, side="right")
+    weights = np.bincount(quarter, minlength=4)
+    assert np.average(found.by_total["0.8"], weights=weights) == pytest.approx(
+        found.coverage["0.8"]
+    )
+
+
 def test_intervals_and_differences(compared):
     model, mean, random = compared[0]
     assert model.differences == {}

@@ -22,6 +22,7 @@ from phenoseq.inference.predictor import image_job
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
 from phenoseq.inference.table import predict_table
 from phenoseq.models.counts import nb_quantile
+from phenoseq.models.recalibration import Recalibration
 
 LAYERS = ("std", "q05", "q95", "draw")
 
@@ -362,3 +363,53 @@ def test_an_unknown_model_is_refused_before_any_work(tmp_path, plate):
     with pytest.raises(ModelError, match=r"'simulated-plates'.*did you mean 'simulated-plate'"):
         phenoseq.predict(plate.source, model="simulated-plates", out=tmp_path / "o.h5ad")
     assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- recalibrated
+
+
+@pytest.fixture(scope="module")
+def narrower(make_model):
+    """A model that has learned that the truth lies nearer to the middle than it says."""
+    model = make_model()
+    even = np.linspace(0, 1, 41)
+    share = tuple(np.clip(1.5 * (even - 0.5) + 0.5, 0, 1).tolist())
+    model.config = replace(model.config, recalibration=Recalibration((0.3,), (share, share)))
+    return model
+
+
+def test_a_recalibration_is_applied_to_all_but_the_mean(predicted, narrower, plate):
+    got = phenoseq.predict(plate.source, model=narrower, n_samples=4, seed=11, device="cpu")
+    assert got.uns["phenoseq"]["recalibrated"]
+    assert not predicted.uns["phenoseq"]["recalibrated"]
+    np.testing.assert_array_equal(got.X, predicted.X)
+    assert got.layers["std"].mean() < 0.9 * predicted.layers["std"].mean()
+    wide = got.X.mean(axis=0) > 1  # where there are not only zeros
+    for layers, near in (("q05", np.greater_equal), ("q95", np.less_equal)):
+        assert near(got.layers[layers], predicted.layers[layers]).all()
+        assert (got.layers[layers] != predicted.layers[layers])[:, wide].mean() > 0.5
+    for one, other in ((got, predicted),):
+        away = [np.abs(dense(x.layers["draw"]) - x.X)[:, wide].mean() for x in (one, other)]
+        assert away[0] < 0.9 * away[1]
+
+
+def test_recalibrated_draws_do_not_depend_on_how_many_are_kept_or_on_the_batch(narrower, plate):
+    how = {"model": narrower, "seed": 11, "device": "cpu"}
+    kept = phenoseq.predict(plate.source, n_samples=4, keep_draws=True, **how)
+    few = replace(plate.source, obs=plate.source.obs.iloc[:3])
+    some = phenoseq.predict(few, n_samples=4, keep_draws=True, **how)
+    assert np.array_equal(dense(kept.layers["draw"]), dense(kept.layers["draw_0"]))
+    for k in range(4):
+        a, b = (dense(x[some.obs_names].layers[f"draw_{k}"]) for x in (kept, some))
+        assert (np.abs(a - b) > 1e-3).mean() < 0.01  # where a number lands on a step
+
+
+def test_a_recalibration_that_says_nothing_changes_nothing(predicted, make_model, plate):
+    model = make_model()
+    even = tuple(np.linspace(0, 1, 41).tolist())
+    model.config = replace(model.config, recalibration=Recalibration((), (even,)))
+    got = phenoseq.predict(plate.source, model=model, n_samples=4, seed=11, device="cpu")
+    np.testing.assert_allclose(got.layers["std"], predicted.layers["std"], atol=2e-3)
+    for name in ("q05", "q95", "draw"):
+        a, b = (dense(x.layers[name]) for x in (got, predicted))
+        assert (np.abs(a - b) > 1e-3).mean() < 0.005, name

@@ -58,9 +58,13 @@ def test_the_same_panel_keeps_space_network_and_base(base, other):
     before = digest_of_model(base)
     model, kept = adapted(base, other)
     assert digest_of_model(base) == before
-    assert kept.space_kept
-    assert kept.captured == pytest.approx(1)
-    assert (kept.genes.new, kept.genes.dropped, kept.by_symbol) == ((), (), 0)
+    assert kept.expression.space_kept
+    assert kept.expression.captured == pytest.approx(1)
+    assert (
+        kept.expression.genes.new,
+        kept.expression.genes.dropped,
+        kept.expression.by_symbol,
+    ) == ((), (), 0)
     for name in ("encoder", "denoiser"):
         old, new = getattr(base, name).state_dict(), getattr(model, name).state_dict()
         assert all(torch.equal(old[key], new[key]) for key in old)
@@ -76,7 +80,7 @@ def test_the_same_panel_keeps_space_network_and_base(base, other):
 def test_genes_in_another_order_are_the_same_genes(base, other):
     order = np.random.default_rng(0).permutation(40)
     model, kept = adapted(base, other, order)
-    assert kept.space_kept
+    assert kept.expression.space_kept
     assert model.config.expression.genes == tuple(other.genes[i] for i in order)
     torch.testing.assert_close(
         model.expression.encode(dense(other, order))[:, :-1],
@@ -108,8 +112,8 @@ def test_a_new_gene_is_learned_beside_those_kept(make_model, cells, other, base)
     )
     without = PhenoSeq(replace(base.config, expression=space.config), space)
     model, kept = adapted(without, other)
-    assert kept.space_kept
-    assert kept.genes.new == ("S38", "S39")
+    assert kept.expression.space_kept
+    assert kept.expression.genes.new == ("S38", "S39")
     rates, _ = model.expression.decode(model.expression.encode(dense(other)))
     torch.testing.assert_close(rates.sum(1), torch.ones(len(rates)))
     truth = other.rates[:, 38:]
@@ -123,8 +127,8 @@ def test_a_new_gene_is_learned_beside_those_kept(make_model, cells, other, base)
 def test_genes_match_by_id_and_then_by_symbol(base, other):
     names = [f"S{i}" if i < 5 else f"ENSG{i:011d}" for i in range(40)]  # five without an id
     _, kept = adapted(base, other, genes=names)
-    assert kept.by_symbol == 5
-    assert len(kept.genes.shared) == 40
+    assert kept.expression.by_symbol == 5
+    assert len(kept.expression.genes.shared) == 40
     assert "40 shared" in str(kept)
     assert "5 of the shared by symbol alone" in str(kept)
 
@@ -132,9 +136,9 @@ def test_genes_match_by_id_and_then_by_symbol(base, other):
 def test_with_few_genes_in_common_a_space_is_fitted_and_turned_to_the_old_one(base, train):
     columns = np.arange(12, 40)
     model, kept = adapted(base, train, columns)
-    assert not kept.space_kept
-    assert kept.captured < 0.9
-    assert len(kept.genes.dropped) == 12
+    assert not kept.expression.space_kept
+    assert kept.expression.captured < 0.9
+    assert len(kept.expression.genes.dropped) == 12
     old, new = base.denoiser.inward.weight, model.denoiser.inward.weight
     turn = torch.linalg.lstsq(old, new).solution.detach()  # what the latent went through
     torch.testing.assert_close(turn.T @ turn, torch.eye(len(turn)), atol=1e-3, rtol=0)
@@ -163,9 +167,9 @@ def test_turning_the_latent_leaves_the_denoiser_what_it_was(base, train, rng):
 def test_no_gene_in_common_still_gives_a_model(base, train):
     names = [f"OTHER{i}" for i in range(40)]
     model, kept = adapted(base, train, genes=names, symbols=names)
-    assert kept.genes.shared == ()
-    assert kept.captured == 0
-    assert not kept.space_kept
+    assert kept.expression.genes.shared == ()
+    assert kept.expression.captured == 0
+    assert not kept.expression.space_kept
     assert model.config.expression.genes == tuple(names)
 
 
@@ -183,8 +187,8 @@ def test_a_small_panel_gets_a_smaller_latent(base, train):
 def test_shared_stains_keep_their_stem_and_new_ones_start_from_the_mean(make_model, other, mode):
     base = make_model(channel_mode=mode)
     model, kept = adapted(base, other, channels=("Mito", "PolyT", "DNA"))
-    assert kept.stains.shared == ("Mito", "DNA")
-    assert (kept.stains.new, kept.stains.dropped) == (("PolyT",), ("RNA",))
+    assert kept.cells.stains.shared == ("Mito", "DNA")
+    assert (kept.cells.stains.new, kept.cells.stains.dropped) == (("PolyT",), ("RNA",))
     old, new = base.encoder.stain, model.encoder.stain
     assert torch.equal(new[0], old[2])
     assert torch.equal(new[2], old[0])
@@ -215,7 +219,7 @@ def test_another_crop_size_moves_the_positions(base, other):
     old, new = base.encoder.position, model.encoder.position
     assert len(new) == 4 * len(old)
     torch.testing.assert_close(new.mean(0), old.mean(0), atol=1e-5, rtol=0)
-    assert kept.rescaled
+    assert kept.cells.rescaled
     assert "crops: 64 px at 0.25 um, the base model's were 32 px at 0.5 um" in str(kept)
     with torch.no_grad():
         assert model.encode(torch.rand(2, 3, 64, 64))[0].shape == (2, len(new), 32)

@@ -57,7 +57,7 @@ def test_a_loaded_model_gives_the_same_bits(tmp_path, make_model, crops, noise, 
 def test_a_folder_holds_its_two_files_and_no_pickle(tmp_path, model):
     folder = model.save(tmp_path / "deep" / "model")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert json.loads((folder / "config.json").read_text())["schema_version"] == 2
+    assert json.loads((folder / "config.json").read_text())["schema_version"] == 3
     assert set(load_file(folder / "model.safetensors")) == set(model.state_dict())
 
 

@@ -442,7 +442,7 @@ def test_configuration_round_trip():
         ("origin", "weights", "best", "best"),
         (None, "bag_size", 0, "bag_size is 0"),
         (None, "network", "phenoseq", "is of the network 'phenoseq'"),
-        (None, "schema_version", 3, "schema version 3"),
+        (None, "schema_version", 99, "schema version 99"),
         (None, "pairing", "cell", "cell"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from phenoseq.models.expression import fit_expression_space
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.training import regressor as regression
 from phenoseq.training.baselines import BASELINES, fit_baselines, intensity_statistics
+from phenoseq.training.checkpoints import steps_done
 from phenoseq.training.regressor import CountingNoise, RegressorConfig, fit_noise, train_regressor
 
 HOW = SplitConfig(by="Metadata_Well", block=None)
@@ -134,23 +136,40 @@ def test_crops_of_another_kind_are_refused(model, store, split, tmp_path):
 
 
 def test_a_stopped_regressor_goes_on_and_a_finished_one_is_taken(store, tmp_path, monkeypatch):
+    """The disk is full after the second epoch, and it is killed when all is done but the saving."""
     config = replace(BUDGET, epochs=3)
     whole, _ = train_regressor(store, HOW, config, tmp_path / "whole", median=250.0)
-    step = regression._RegressorModule.training_step
+    write, written = torch.save, []
 
-    def fail(self, batch, batch_idx):
-        if self.current_epoch == 2:
-            raise RuntimeError("the power went")
-        return step(self, batch, batch_idx)
+    def full(checkpoint, file):
+        written.append(checkpoint["global_step"])
+        if len(written) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(checkpoint, file)
 
-    monkeypatch.setattr(regression._RegressorModule, "training_step", fail)
-    with pytest.raises(RuntimeError, match="the power went"):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DataError, match="the checkpoint before it is as it was"):
+        train_regressor(store, HOW, config, tmp_path / "cut", median=250.0)
+    (last,) = (tmp_path / "cut").glob("*.run/checkpoints/*")
+    assert steps_done(last) == written[0] == written[1] / 2
+    monkeypatch.undo()
+
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(regression, "save_folder", killed)
+    with pytest.raises(RuntimeError, match="killed"):
         train_regressor(store, HOW, config, tmp_path / "cut", median=250.0)
     assert not (tmp_path / "cut" / "config.json").exists()
     monkeypatch.undo()
+    monkeypatch.setattr(regression._RegressorModule, "training_step", killed)  # is not called
     again, facts = train_regressor(store, HOW, config, tmp_path / "cut", median=250.0)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value)
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "config.json", "model.safetensors",
+    ]  # fmt: skip
     monkeypatch.setattr(regression, "_RegressorModule", None)  # nothing is trained any more
     taken, same = train_regressor(store, HOW, config, tmp_path / "cut", median=250.0)
     assert same == facts

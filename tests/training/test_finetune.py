@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import phenoseq
+from phenoseq import tuning
 from phenoseq.cli import main
 from phenoseq.data.datamodule import StoreDataModule, split_of
 from phenoseq.data.selection import SelectedStore
@@ -31,7 +32,8 @@ from phenoseq.models.files import digest_of_model
 from phenoseq.training import finetune as module_of
 from phenoseq.training.baselines import BASELINES
 from phenoseq.training.cache import TokenStream, cache_tokens
-from phenoseq.training.finetune import FinetuneData, FinetuneModule
+from phenoseq.training.finetune import FinetuneModule
+from phenoseq.training.finetunedata import open_data
 from phenoseq.training.module import PhenoSeqModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,7 +74,7 @@ def no_training(monkeypatch):
     def fit(module, data, *args, **kwargs):
         trained.append([row for b in data.train_dataloader() for row in b["rows"].tolist()])
 
-    monkeypatch.setattr(module_of, "fit", fit)
+    monkeypatch.setattr(tuning, "fit", fit)
     monkeypatch.setattr(FinetuneModule, "finish", lambda self, data: self.model)
     return trained
 
@@ -97,7 +99,8 @@ def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_p
     seen = losses(tmp_path / "new.run")
     assert seen.min() < 0.95 * seen[0]
     assert "60 shared" in told[0]
-    assert json.loads((tmp_path / "new.run" / "kept.json").read_text())["space_kept"]
+    kept = json.loads((tmp_path / "new.run" / "kept.json").read_text())
+    assert kept["expression"]["space_kept"]
 
     again = phenoseq.load_model(out)
     assert digest_of_model(again) == digest_of_model(new)
@@ -225,8 +228,7 @@ def test_a_selection_reads_what_it_says(store):
 def test_cells_without_counts_of_the_chosen_genes_are_left_out(base, store):
     rare = store.counts(np.arange(len(store))).toarray().sum(0).argsort()[:6]
     genes = [store.manifest.genes[i] for i in rare]
-    data = FinetuneData(store.path, base, SPLIT, channels=None, genes=genes, seed=0)
-    data.setup()
+    data = open_data(store.path, base, SPLIT, channels=None, genes=genes, seed=0)
     kept = np.flatnonzero(data.parts.part != "unassigned")
     total = store.counts(np.arange(len(store)))[:, np.sort(rare)].sum(axis=1).A1
     assert set(kept) == set(np.flatnonzero(total > 0))
@@ -271,7 +273,7 @@ def test_errors_say_what_to_do(base, store, tmp_path):
         tuned(base, store, tmp_path / "there")
     with pytest.raises(ModelError, match="choose from"):
         tuned(base, store, freeze="head")
-    with pytest.raises(ModelError, match="only models of single cells"):
+    with pytest.raises(ModelError, match="cannot be fine-tuned"):
         tuned(torch.nn.Linear(1, 1), store)
 
 
@@ -430,6 +432,45 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store
         losses(tmp_path / "killed.run"), losses(tmp_path / "whole.run"), rtol=1e-5
     )
     assert not (tmp_path / "killed.run" / "tokens").exists()
+
+
+def test_a_run_killed_after_it_stopped_early_trains_no_more(base, store, tmp_path, monkeypatch):
+    """What is on the disk is what a kill leaves: training is over, nothing is saved."""
+    out, run = tmp_path / "killed", tmp_path / "killed.run"
+    losses_of = FinetuneModule.validation_losses
+
+    def rising(self, batch):  # the first epoch is the best
+        found = losses_of(self, batch)
+        return {name: loss + 9 * self.current_epoch for name, loss in found.items()}
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(FinetuneModule, "validation_losses", rising)
+    with monkeypatch.context() as patch:
+        patch.setattr(module_of, "PATIENCE", 1)
+        patch.setattr(FinetuneModule, "finish", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            tuned(base, store, out, epochs=9, freeze="all-but-head")
+    assert not out.exists()
+    assert (run / "tokens").exists()
+    seen = losses(run)
+    assert len(seen) == 2
+    monkeypatch.setattr(FinetuneModule, "training_step", killed)  # is not called
+    new = tuned(base, store, out, epochs=9, freeze="all-but-head").state_dict()
+    np.testing.assert_array_equal(losses(run), seen)
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=False)["state_dict"]
+    assert torch.equal(new["denoiser.outward.weight"], best["model.denoiser.outward.weight"])
+
+
+def test_a_loss_that_is_no_number_says_what_to_do(base, store, monkeypatch):
+    monkeypatch.setattr(
+        FinetuneModule, "validation_losses", lambda self, batch: {
+            "val_loss": torch.full((len(batch["rows"]), 1), float("nan"))
+        },
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="never a number; set a lower lr"):
+        tuned(base, store, freeze="all-but-head")
 
 
 @pytest.mark.slow

@@ -53,13 +53,21 @@ class Machine:
             text=True,
         )  # fmt: skip
 
-    def run(self, code: str) -> str:
-        """Run some code; return what it printed."""
+    def begin(self, code: str) -> None:
+        """Run some code, and do not wait for it."""
         self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
+
+    def run(self, code: str) -> str:
+        """Run some code; return what it printed."""
+        self.begin(code)
         printed, failed = json.loads(self.process.stdout.readline())
         assert not failed, printed + failed
         return printed
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
     def command(self, *arguments: str) -> tuple[int, str]:
         """Run ``phenoseq`` with some arguments; return its exit status and what it printed."""
@@ -108,8 +116,7 @@ def hub(one_hub):
 def started(home: Path, hub, **how):
     machine = Machine(home, hub.url, **how)
     yield machine
-    machine.process.kill()
-    machine.process.communicate()
+    machine.kill()
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +144,12 @@ def machine(one_machine):
     """A machine of the owner, with an empty cache."""
     one_machine.forget()
     return one_machine
+
+
+@pytest.fixture
+def to_kill(machine, hub):
+    """The same machine, and the same cache, in a process that a test may kill."""
+    yield from started(machine.home, hub, token=hub_server.TOKEN)
 
 
 @pytest.fixture

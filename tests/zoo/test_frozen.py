@@ -1,8 +1,9 @@
 """Models saved by older versions load, and give what they gave.
 
 One folder a schema version and network in ``frozen/``: written by the last commit of that version
-(version 1: c98cd2b), with what it computed from the inputs in ``expected.safetensors``. They are
-never written again; a new version adds a folder of the one before.
+(version 1: c98cd2b, 2: 19393f1), with what it computed from the inputs in
+``expected.safetensors``. They are never written again; a new version adds a folder of the one
+before.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ def test_an_old_model_is_of_the_present_version_once_loaded_and_saved(name, tmp_
     assert phenoseq.load_model(tmp_path / "now").config == model.config
 
 
-def test_version_1_of_phenoseq():
-    model = phenoseq.load_model(FROZEN / "v1-phenoseq")
-    want = load_file(FROZEN / "v1-phenoseq" / "expected.safetensors")
+@pytest.mark.parametrize("name", ["v1-phenoseq", "v2-phenoseq", "v2-sample"])
+def test_models_of_ours(name):
+    model = phenoseq.load_model(FROZEN / name)
+    want = load_file(FROZEN / name / "expected.safetensors")
+    assert model.config.recalibration is None
     with torch.inference_mode():
-        context = model.encode(want["images"])
+        context = model.encode(want["features" if name.endswith("sample") else "images"])
         latents = model.generate(context, want["noise"])
         rates, library = model.expression.decode(latents)
         strangeness = model.strangeness(context)
@@ -48,9 +51,10 @@ def test_version_1_of_phenoseq():
         torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_version_1_of_the_published_network():
-    model = phenoseq.load_model(FROZEN / "v1-published")
-    want = load_file(FROZEN / "v1-published" / "expected.safetensors")
+@pytest.mark.parametrize("name", ["v1-published", "v2-published"])
+def test_the_published_network(name):
+    model = phenoseq.load_model(FROZEN / name)
+    want = load_file(FROZEN / name / "expected.safetensors")
     with torch.inference_mode():
         context = model.encode(want["features"])
         made = model.generate(context, want["noise"])

@@ -244,26 +244,74 @@ def test_an_entry_of_the_zoo_at_a_pinned_commit(machine, hub, repo, folder, comm
 # ----------------------------------------------------------------------------------- a bad network
 
 
-def test_a_connection_that_breaks_halfway_goes_on_from_there(machine, hub, repo, folder, commit):
-    chunks = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE = {}"
-    machine.run(chunks.format(1 << 14))
+CHUNKS = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE = {}"
+
+
+@pytest.fixture
+def in_pieces(machine):
+    """The machine writes what it gets in pieces of 16 kB; a test's own weights are a few of them."""
+    machine.run(CHUNKS.format(1 << 14))
+    yield 1 << 14
+    machine.run(CHUNKS.format(10 << 20))
+
+
+def test_a_connection_that_breaks_halfway_goes_on_from_there(
+    machine, hub, repo, folder, commit, in_pieces
+):
     hub.trouble.breaks = 1
     assert machine.load(REPO).endswith(commit)
-    machine.run(chunks.format(10 << 20))
     half = (folder / "model.safetensors").stat().st_size // 2
-    assert hub.ranges == [f"bytes={half - half % (1 << 14)}-"]
+    assert hub.ranges == [f"bytes={half - half % in_pieces}-"]
 
 
-def test_a_connection_that_breaks_each_time_leaves_nothing(machine, hub, repo, monkeypatch, commit):
+def test_a_connection_that_breaks_each_time_goes_on_another_time(
+    machine, hub, repo, commit, in_pieces
+):
     machine.run("import time; time.sleep, time.slept = (lambda s: None), time.sleep")
     hub.trouble.breaks = 100
     refused = machine.load(REPO)
     machine.run("import time; time.sleep = time.slept")
     assert refused.startswith(f"REFUSED {REPO}@{commit}: ")
     assert "try again" in refused or "Check the network" in refused
-    assert not machine.cached("hub/*/blobs/*incomplete*")
     assert not machine.cached("hub/**/model.safetensors")
+    (partial,) = machine.cached("hub/*/blobs/*incomplete*")
+    size = partial.stat().st_size
     hub.trouble.breaks = 0
+    hub.ranges.clear()
+    assert machine.load(REPO).endswith(commit)
+    assert hub.ranges == ([f"bytes={size}-"] if size else [])
+    assert not machine.cached("hub/*/blobs/*incomplete*")
+
+
+def test_a_download_that_was_killed_goes_on_from_there(machine, to_kill, hub, repo, folder):
+    hub.trouble.pause = 0.1
+    load = f"\nimport phenoseq; phenoseq.load_model({REPO!r})"
+    to_kill.begin(CHUNKS.format(1 << 14) + load)
+    size, end = 0, time.monotonic() + 60
+    while not size and time.monotonic() < end:
+        time.sleep(0.02)
+        size = sum(path.stat().st_size for path in machine.cached("hub/*/blobs/*incomplete*"))
+    to_kill.kill()
+    (partial,) = machine.cached("hub/*/blobs/*incomplete*")
+    size, whole = partial.stat().st_size, (folder / "model.safetensors").read_bytes()
+    assert 0 < size < len(whole)
+    hub.trouble.pause = 0
+    loaded = Path(machine.load(REPO))
+    assert hub.ranges == [f"bytes={size}-"]
+    assert (loaded / "model.safetensors").read_bytes() == whole
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_a_killed_run_left_is_not_trusted(machine, repo, folder, commit, more):
+    """Other bytes of the right number, or too many: told, removed or dropped, never loaded."""
+    machine.command("models", "show", REPO)  # all but the weights
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    size = (folder / "model.safetensors").stat().st_size
+    (blobs,) = machine.cached("hub/*/blobs")
+    (blobs / f"{digest}.phenoseq.incomplete").write_bytes(bytes(size + more))
+    first = machine.load(REPO)
+    assert ("is not the file that the hub has" in first) == (more == 0)
     assert machine.load(REPO).endswith(commit)
 
 
