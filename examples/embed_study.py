@@ -54,7 +54,7 @@ from phenoseq.training.baselines import intensity_statistics
 
 LITE0, DINOV2 = "tf_efficientnet_lite0", "vit_small_patch14_dinov2"
 #: Side of the images that a network sees where each stain is one; crops are enlarged to it.
-SIDES = {LITE0: 128, DINOV2: 112}
+SIDES = {LITE0: 128, DINOV2: 84}
 PENALTIES = np.logspace(-2, 8, 31)
 BATCH = 64
 
@@ -69,7 +69,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--lite0", type=Path, help="efficientnet-lite0-57934424.pth")
     parser.add_argument("--dinov2", type=Path, help="vit_s_focus.onnx")
-    parser.add_argument("--train", type=int, default=4000, help="cells (%(default)s)")
+    parser.add_argument("--train", type=int, default=3000, help="cells (%(default)s)")
     parser.add_argument("--val", type=int, default=2000, help="cells (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of cells and untrained networks (0)")
     options = parser.parse_args(args)
