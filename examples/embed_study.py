@@ -110,11 +110,11 @@ class Study:
         genes = scored_genes(train)
         median = float(np.median(np.asarray(train.sum(axis=1))))
         self.truth = normalised(table, median)[:, genes]
-        block = (store.obs()[["x_centroid", "y_centroid"]].to_numpy()[rows] // 318.75).astype(int)
-        names = np.unique(block[: len(some[0])], axis=0)
-        held = rng.permutation(names)[: len(names) // 5]
+        group = split.group[rows]
+        names = np.unique(group[: len(some[0])])
+        held = rng.permutation(names)[: max(len(names) // 5, 1)]
         self.val = np.arange(len(rows)) >= len(some[0])
-        self.tune = ~self.val & (block[:, None] == held).all(axis=2).any(axis=1)
+        self.tune = ~self.val & np.isin(group, held)
         tops = np.array([s["p999"] for s in store.manifest.channel_stats.values()])
         self.bright = Scale("percentile", tops)(self.crops)
         self.channels = store.manifest.channels
@@ -124,7 +124,7 @@ class Study:
         )
 
     def tokens(self, name: str, weights: Path) -> Matrix:
-        """Return the features of 'phenoseq embed', of crops as --eight-bit percentile makes them."""
+        """Return the features of 'phenoseq embed', of crops as by --eight-bit percentile."""
         extractor = load_timm(name, self.channels, image_size=SIDES[name], weights=weights)
 
         def features(crops: Tensor) -> Tensor:

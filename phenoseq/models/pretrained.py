@@ -76,11 +76,18 @@ def read_pretrained(config: EncoderConfig, side: int, weights: str | Path) -> Pr
     ------
     ModelError
         Where timm knows no weights of the backbone, or they cannot be downloaded; where the file
-        is missing, broken or of another network, with the weights that do not fit.
+        is missing, broken or of another network, with the weights that do not fit; where group
+        norms were to replace the batch norms that the weights were trained with.
     """
     about = about_weights(config.backbone)
     file = None if weights == HUB else Path(weights)
     network, sha256 = load_network(config.backbone, side, file, yes=True, setting=_SETTING)
+    if config.norm == "group" and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
+        raise ModelError(
+            f"{config.backbone}: its weights were trained with batch norms, and are worth little "
+            "with the group norms that replace them; set model.encoder.norm: batch, or leave out "
+            f"{_SETTING}"
+        )
     network.reset_classifier(0)  # type: ignore[operator]
     stems = (about.first_conv,) if isinstance(about.first_conv, str) else about.first_conv
     if file is None:

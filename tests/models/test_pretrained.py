@@ -1,4 +1,4 @@
-"""Pretrained weights in an encoder: equal stains give what a grey image gave, or a clear refusal."""
+"""Pretrained weights in an encoder: equal stains give what a grey image gave; else refused."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def test_positions_are_resampled_to_the_crop(published):
     assert network.pos_embed.shape[1] > encoder.backbone.pos_embed.shape[1] == 1 + 2 * 2
     tokens, keep = encoder(torch.zeros(1, 4, 32, 32), torch.ones(1, 4, dtype=torch.bool))
     assert tokens.shape[1] == keep.sum() == 5
+
+
+def test_group_norms_in_place_of_batch_norms_are_refused(published):
+    _, path = published("test_resnet")
+    with pytest.raises(ModelError, match=r"batch norms.*set model\.encoder\.norm: batch"):
+        started("test_resnet", "joint", path, norm="group")
+    _, path = published("test_vit")  # has none
+    assert started("test_vit", "joint", path, norm="group")
 
 
 def test_where_the_weights_came_from_is_told(published):
