@@ -28,6 +28,9 @@ class TrainingRecord:
         Of a model that was fine-tuned, what it came from: ``model`` (its name, where it had one),
         ``digest`` (of its configuration and weights), ``source`` and ``identity`` of its training
         data, and ``freeze``, what of it was not trained. Else empty.
+    encoder_weights
+        Of an encoder that started from pretrained weights, where those came from: ``name`` and
+        ``licence``, as timm gives them, or ``file`` (its name) and ``sha256``. Else empty.
     """
 
     source: str
@@ -39,3 +42,4 @@ class TrainingRecord:
     version: str
     reliability: tuple[float, ...] = ()
     base: dict[str, str] = field(default_factory=dict)
+    encoder_weights: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Frozen image features of any network of timm."""
+"""Networks of timm with their weights, and the frozen image features that they make."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from phenoseq.errors import ModelError
 from phenoseq.models.features import Extractor, read_weights
 
-#: Letters of an error of torch that are passed on; it lists every weight.
-_TOLD = 200
+#: Letters of what does not fit that are passed on, of each kind; torch lists every weight.
+_TOLD = 160
+#: How the arguments that name a file of weights are called by default.
+_SETTING = "weights= or --weights"
 
 
 def load_timm(
@@ -48,18 +50,9 @@ def load_timm(
         Where timm knows no such network, or its weights are missing, broken, of another network,
         or may not or cannot be downloaded.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ModelError(f"timm has no network {name!r}; near it are {near}")
-    try:
-        about = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise ModelError(f"timm has no weights {name!r} ({error})") from error
-    if about is None:
-        raise ModelError(f"timm knows nothing of the weights of {name}; take another network")
+    about = about_weights(name)
     side = about.input_size[-1] if image_size is None else image_size
-    how: dict[str, Any] = {"img_size": side} if about.fixed_input_size else {}
-    network, sha256 = _load(name, about, how, weights, yes=yes)
+    network, sha256 = load_network(name, side, weights, yes=yes)
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1,))[0]
     if side < 1 or side % patch:
         raise ModelError(
@@ -80,10 +73,52 @@ def load_timm(
     )
 
 
-def _load(
-    name: str, about: Any, how: dict[str, Any], weights: str | Path | None, *, yes: bool
+def about_weights(name: str) -> Any:
+    """Return what timm knows of the weights of a network, its ``PretrainedCfg``.
+
+    Raises
+    ------
+    ModelError
+        Where timm knows no such network, or nothing of its weights.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ModelError(f"timm has no network {name!r}; near it are {near}")
+    try:
+        about = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ModelError(f"timm has no weights {name!r} ({error})") from error
+    if about is None:
+        raise ModelError(f"timm knows nothing of the weights of {name}; take another network")
+    return about
+
+
+def load_network(
+    name: str, side: int, weights: str | Path | None, *, yes: bool, setting: str = _SETTING
 ) -> tuple[nn.Module, str]:
-    """Return the network with its weights, and the sha256 of their file where one was named."""
+    """Return a network of timm with all of its weights, for images of three colours.
+
+    Parameters
+    ----------
+    name, weights, yes
+        See :func:`load_timm`.
+    side
+        Of the images in pixels; where a network has positions, they are resampled.
+    setting
+        What the user calls ``weights``, for messages.
+
+    Returns
+    -------
+    The network, its classifier included, and the sha256 of the file of weights where one was
+    named, else an empty text.
+
+    Raises
+    ------
+    ModelError
+        See :func:`load_timm`.
+    """
+    about = about_weights(name)
+    how: dict[str, Any] = {"img_size": side} if about.fixed_input_size else {}
     if weights is not None:
         state, sha256 = read_weights(Path(weights))
         blank = timm.create_model(name, **how)
@@ -94,17 +129,16 @@ def _load(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, **how
             ), sha256
         except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise ModelError(f"{weights}: not the weights of {name}: {why[:_TOLD]}") from error
+            raise ModelError(f"{weights}: not the weights of {name}: {_misfits(error)}") from error
     if not (about.hf_hub_id or about.url):
-        raise ModelError(f"timm publishes no weights of {name}; name a file of them (--weights)")
+        raise ModelError(f"timm publishes no weights of {name}; name a file of them ({setting})")
     where = f"{about.hf_hub_filename or 'model.safetensors'} of https://hf.co/{about.hf_hub_id}"
     where = where if about.hf_hub_id else about.url
     if not yes:
         raise ModelError(
             f"{name}: its weights come from the Hugging Face hub, where they are not in its cache: "
             f"{where} (licence: {about.license or 'not stated'}). Allow it with yes=True or --yes, "
-            "or name a copy of the file with weights= or --weights"
+            f"or name a copy of the file with {setting}"
         )
     try:
         return timm.create_model(name, pretrained=True, **how), ""
@@ -112,8 +146,16 @@ def _load(
         raise ModelError(
             f"{name}: its weights cannot be had ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). On a machine without network, bring the file {where} "
-            "and name it with weights= or --weights"
+            f"and name it with {setting}"
         ) from error
+
+
+def _misfits(error: Exception) -> str:
+    """Return what of a file does not fit a network: the first weights of each kind of misfit."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    first, rest = (lines[1:] or lines)[:3], lines[4:]
+    cut = [f"{line[:_TOLD]}..." if len(line) > _TOLD else line for line in first]
+    return "; ".join(cut) + (f"; and {len(rest)} more" if rest else "")
 
 
 def _add_head(state: dict[str, Tensor], blank: nn.Module, heads: str | tuple[str, ...]) -> None:

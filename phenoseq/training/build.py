@@ -17,7 +17,9 @@ from phenoseq.errors import DataError
 from phenoseq.evaluation.report import scored_genes
 from phenoseq.models.config import ImageConfig
 from phenoseq.models.embedding import EmbeddingSpace, fit_embedding_space
+from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.expression import ExpressionSpace, fit_expression_space
+from phenoseq.models.pretrained import Pretrained, read_pretrained
 from phenoseq.models.record import TrainingRecord
 
 #: Training crops, and features, that set statistics of pixels and features.
@@ -60,6 +62,29 @@ def image_of(data: StreamDataModule) -> ImageConfig:
         std=tuple(np.maximum(pixels.std(axis=(0, 2, 3)), 1e-6).tolist()),
         p999=tuple(np.quantile(pixels, 0.999, axis=(0, 2, 3)).tolist()),
     )
+
+
+def pretrained_for(
+    data: StreamDataModule, encoder: EncoderConfig, weights: str | None
+) -> Pretrained | None:
+    """Return what the encoder of the store's crops starts from; None where no weights are asked.
+
+    Raises
+    ------
+    DataError
+        Where the store holds features.
+    ModelError
+        See :func:`~phenoseq.models.pretrained.read_pretrained`.
+    """
+    if weights is None:
+        return None
+    crop_px = data.opened.manifest.crop_px
+    if crop_px is None:
+        raise DataError(
+            f"{data.store}: holds features, of which no backbone could start from pretrained "
+            "weights: leave out 'encoder_weights'"
+        )
+    return read_pretrained(encoder, crop_px, weights)
 
 
 def space_of(

@@ -276,7 +276,7 @@ def adapted(
         counts,
         manifest.genes,
         manifest.symbols,
-        replace(record_of(data, seed), base=origin),
+        replace(record_of(data, seed), base=origin, encoder_weights=record.encoder_weights),
         seed=seed,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.handover import Batch
 from phenoseq.data.samplemodule import SampleDataModule
-from phenoseq.errors import DataError
+from phenoseq.errors import DataError, ModelError
 from phenoseq.models.config import DiffusionConfig, PhenoSeqConfig, SampleConfig
 from phenoseq.models.counts import nb_quantile
 from phenoseq.models.denoiser import DenoiserConfig
@@ -20,11 +21,18 @@ from phenoseq.models.encoder import Encoder, EncoderConfig
 from phenoseq.models.expression import ExpressionSpace
 from phenoseq.models.givenfeatures import FeatureEncoder, GivenFeatures
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.pretrained import Pretrained
 from phenoseq.models.published_config import FeatureConfig
 from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.training.augment import augment
 from phenoseq.training.base import Drawn, TrainingModule, rna_of, targets_of
-from phenoseq.training.build import STATISTICS_CELLS, image_of, record_of, space_of
+from phenoseq.training.build import (
+    STATISTICS_CELLS,
+    image_of,
+    pretrained_for,
+    record_of,
+    space_of,
+)
 from phenoseq.training.finalise import finalise
 
 
@@ -54,6 +62,9 @@ class PhenoSeqModule(TrainingModule):
         Share of the cells or bags trained without context, for classifier-free guidance.
     drop_channel
         Chance of each stain to be dropped, so that a missing one does little harm.
+    encoder_weights
+        Pretrained weights that the encoder's backbone starts from: ``hub`` for those that timm
+        knows, from the Hugging Face hub or its cache, or a file of them (.pth, .safetensors).
     frozen_stages
         Stages of the encoder's backbone, from the image on, that are not trained; ``"all"`` of it.
     recompute
@@ -75,6 +86,7 @@ class PhenoSeqModule(TrainingModule):
         levels: int = 4,
         drop_context: float = 0.1,
         drop_channel: float = 0.05,
+        encoder_weights: str | None = None,
         frozen_stages: int | Literal["all"] = 0,
         recompute: bool = False,
         lr: float = 1e-3,
@@ -96,12 +108,14 @@ class PhenoSeqModule(TrainingModule):
         self.features = features
         self.components, self.hidden = components, hidden
         self.levels, self.drop_context, self.drop_channel = levels, drop_context, drop_channel
+        self.encoder_weights = encoder_weights
         self.frozen_stages, self.recompute = frozen_stages, recompute
 
     # ---------------------------------------------------------------------------------- the model
 
     def build(self, data: StreamDataModule) -> tuple[PhenoSeq | SamplePhenoSeq, Tensor]:
         """Return an untrained model whose data-dependent parts are fitted to the training cells."""
+        start = pretrained_for(data, self.encoder, self.encoder_weights)
         space, scored = space_of(
             data, components=self.components, hidden=self.hidden, seed=self.seed
         )
@@ -114,7 +128,7 @@ class PhenoSeqModule(TrainingModule):
                 image=image_of(data), encoder=self.encoder, **self._parts(data, space)
             )
             model = PhenoSeq(config, space)
-        self._prepare(model)
+        self._prepare(model, start)
         return model, scored
 
     def _of_samples(
@@ -145,9 +159,12 @@ class PhenoSeqModule(TrainingModule):
             "diffusion": self.diffusion,
         }
 
-    def _prepare(self, model: PhenoSeq | SamplePhenoSeq) -> None:
-        """Freeze and recompute what is to be."""
+    def _prepare(self, model: PhenoSeq | SamplePhenoSeq, start: Pretrained | None) -> None:
+        """Start the encoder from pretrained weights; freeze and recompute what is to be."""
         if isinstance(model.encoder, Encoder):
+            if start is not None:
+                start.put_into(model.encoder)
+                model.with_record(replace(model.config.training, encoder_weights=start.origin))
             model.encoder.freeze(self.frozen_stages)
             if self.recompute:
                 model.encoder.recompute()
@@ -155,6 +172,25 @@ class PhenoSeqModule(TrainingModule):
             raise DataError(
                 "features have no backbone that could be frozen or recomputed: leave out "
                 "'frozen_stages' and 'recompute'"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep where the encoder's weights came from."""
+        checkpoint["encoder_weights"] = self.model.config.training.encoder_weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the encoder began with the weights that the model's record will name.
+
+        Raises
+        ------
+        ModelError
+            Where the file of weights is no longer what the run began with.
+        """
+        then = checkpoint.get("encoder_weights", {})
+        if (now := self.model.config.training.encoder_weights) != then:
+            raise ModelError(
+                f"encoder_weights: {self.encoder_weights} is {now}, and was {then} when the run "
+                "began; bring that back, or begin anew in another default_root_dir"
             )
 
     def finish(self, data: StreamDataModule) -> PhenoSeq | SamplePhenoSeq:

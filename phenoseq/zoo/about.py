@@ -69,3 +69,12 @@ def tell_data(config: Config) -> str:
         )
     assert isinstance(config, PublishedConfig)
     return f"converted from a checkpoint with the sha256 `{config.origin.checkpoint}`"  # type: ignore[union-attr]
+
+
+def tell_start(config: Config) -> str:
+    """Say which pretrained weights the encoder started from; empty where there were none."""
+    record = record_of(config)
+    start = record.encoder_weights if record is not None else {}
+    if "sha256" in start:
+        return f"`{start.get('file', '')}` (sha256 `{start['sha256']}`)"
+    return f"`{start['name']}`, licence {start.get('licence', '')}" if "name" in start else ""

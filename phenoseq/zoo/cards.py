@@ -25,7 +25,15 @@ from phenoseq.evaluation.report import Scores, markdown
 from phenoseq.models.files import CONFIG, WEIGHTS, config_text
 from phenoseq.models.load import Config, read_any_config
 from phenoseq.models.published_config import PublishedConfig
-from phenoseq.zoo.about import genes_of, image_of, record_of, tell_data, tell_inputs, tell_outputs
+from phenoseq.zoo.about import (
+    genes_of,
+    image_of,
+    record_of,
+    tell_data,
+    tell_inputs,
+    tell_outputs,
+    tell_start,
+)
 
 METRICS, CARD = "metrics.json", "README.md"
 
@@ -306,6 +314,8 @@ def _facts(config: Config, folder: Path | None = None) -> str:
         if config.encoder is not None:
             stains = f"{config.encoder.channel_mode} stains"
             rows["encoder"] = f"`{config.encoder.backbone}`, {stains}"
+        if start := tell_start(config):
+            rows["encoder started from"] = start
         rows["denoiser"] = f"{config.denoiser.depth} blocks, {config.denoiser.dim} wide"
         rows["sampling"] = f"{config.diffusion.sampler}, {config.diffusion.steps} steps"
     if folder is not None:
