@@ -113,7 +113,8 @@ def snapshot(
             library_version=__version__,
         )
     except Exception as error:  # those of whichever HTTP library the client uses
-        raise explain(error, str(reference), known=(*known, *(r.repo_id for r in _cached_repos()))) from error
+        cached = [repo.repo_id for repo in _cached_repos()]
+        raise explain(error, str(reference), known=[*known, *cached]) from error
     for name in names:
         path = Path(folder) / name
         if path.is_file() and (problem := digest_problem(path)):

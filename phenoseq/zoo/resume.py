@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from phenoseq._version import __version__
 
@@ -47,10 +47,12 @@ def fetch_blob(repo: str, name: str, revision: str | None) -> None:
         about = get_hf_file_metadata(url, headers=headers)
     except Exception:  # it is asked for again by the one who calls, and told there
         return
-    if about.size is None or not _HASH.fullmatch(about.etag or ""):  # which becomes a file's name
+    etag = about.etag or ""  # becomes a file's name
+    if about.size is None or not _HASH.fullmatch(etag):
         return
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
-    blob, partial = blobs / about.etag, blobs / f"{about.etag}.phenoseq.incomplete"
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    blobs = folder / "blobs"
+    blob, partial = blobs / etag, blobs / f"{etag}.phenoseq.incomplete"
     if blob.exists():
         return
     blobs.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ def test_a_reference(text, repo, revision):
 
 @pytest.mark.parametrize(
     "text",
-    ["tiny", "a/b/c", "/a/b", "../b", "a/..", "a/b@", "a/b@../../x", "./b/", "./b", "a/.b", "a/b@x y", "a\n/b",
-     "a//b", "a/b--c", "C:\\a", "https://a/b", "å/b"],
+    ["tiny", "a/b/c", "/a/b", "../b", "a/..", "a/b@", "a/b@../../x", "./b/", "./b", "a/.b",
+     "a/b@x y", "a\n/b", "a//b", "a/b--c", "C:\\a", "https://a/b", "å/b"],
 )  # fmt: skip
 def test_what_is_no_reference(text):
     assert parse_reference(text) is None
@@ -249,7 +249,7 @@ CHUNKS = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE =
 
 @pytest.fixture
 def in_pieces(machine):
-    """The machine writes what it gets in pieces of 16 kB; a test's own weights are a few of them."""
+    """The machine writes what it gets in pieces of 16 kB: the weights are some of them."""
     machine.run(CHUNKS.format(1 << 14))
     yield 1 << 14
     machine.run(CHUNKS.format(10 << 20))
