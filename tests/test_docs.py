@@ -194,3 +194,15 @@ def test_the_citation_is_valid():
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert all({"type", "title", "authors"} <= set(work) for work in citation["references"])
     assert citation["license"] in (ROOT / "pyproject.toml").read_text()
+
+
+SCRIPTS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "tests/benchmarks").glob("*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, **BY_NAME)
+def test_scripts_import_what_there_is(script):
+    """Nothing runs the benchmarks but ``make bench``."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "phenoseq":
+            for name in node.names:
+                assert hasattr(import_module(node.module), name.name), f"{node.module}.{name.name}"

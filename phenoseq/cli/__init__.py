@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,9 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_train(args[1:])
         options = _parser().parse_args(args)
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except PhenoseqError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads it has enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as stop:
         print(f"interrupted; {stop or 'nothing half-written is left'}", file=sys.stderr)

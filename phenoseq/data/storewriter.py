@@ -186,7 +186,8 @@ def write_element(group: zarr.Group, name: str, element: Any) -> None:
     """Write an AnnData or data frame into a store."""
     with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autosharding")
-        ad.io.write_elem(group, name, element)
+        parent, _, key = name.rpartition("/")  # no path is a key to anndata 0.13
+        ad.io.write_elem(group[parent] if parent else group, key, element)
 
 
 def write_crops(

@@ -217,7 +217,9 @@ def _make(group: Any, field: Field, n: int) -> None:
     hdf5 = {"compression": "lzf"} if isinstance(group, h5py.File) else {}
     if field.sparse:
         none = sparse.csr_matrix((0, field.width), dtype=field.dtype)
-        ad.io.write_elem(group, field.name, none, dataset_kwargs={"chunks": _CHUNK, **hdf5})
+        parent, _, name = field.name.rpartition("/")  # no path is a key to anndata 0.13
+        how = {"chunks": _CHUNK, **hdf5}
+        ad.io.write_elem(group[parent] if parent else group, name, none, dataset_kwargs=how)
         return
     make = group.create_dataset if hdf5 else group.create_array
     chunks = (min(_AT_ONCE, n), field.width)

@@ -35,7 +35,7 @@ TRAINING = "training.yaml"
 #: What is read of a repository besides the weights; nothing else in it is ever fetched.
 SMALL = (CONFIG, CARD, METRICS, TRAINING)
 
-_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_REFERENCE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _HASHES = {40: "git", 64: "sha256"}
 
 
@@ -113,7 +113,8 @@ def snapshot(
             library_version=__version__,
         )
     except Exception as error:  # those of whichever HTTP library the client uses
-        raise explain(error, str(reference), known=known) from error
+        cached = [repo.repo_id for repo in _cached_repos()]
+        raise explain(error, str(reference), known=[*known, *cached]) from error
     for name in names:
         path = Path(folder) / name
         if path.is_file() and (problem := digest_problem(path)):
@@ -156,9 +157,7 @@ def digest_problem(path: Path) -> str | None:
 
 def cached_models() -> Iterator[tuple[Reference, Path]]:
     """Go through the models of phenoseq in the cache: what they are, and their folder."""
-    if not Path(constants.HF_HUB_CACHE).is_dir():
-        return
-    for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda r: str(r.repo_id)):
+    for repo in _cached_repos():
         for revision in sorted(repo.revisions, key=lambda r: r.commit_hash):
             folder = revision.snapshot_path
             if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
@@ -192,12 +191,12 @@ def explain(error: Exception, what: str, *, known: Sequence[str] = ()) -> ModelE
             "are with 'hf auth login' or the variable HF_TOKEN"
         )
     elif isinstance(error, errors.RepositoryNotFoundError):
-        near = difflib.get_close_matches(what.partition("@")[0], known, n=1, cutoff=0.6)
-        say = f"{endpoint} has no such repository, or it is private" + (
-            f"; did you mean {near[0]!r}?"
-            if near
-            else ". Look at the name; for a private one say who you are with 'hf auth login' or "
-            "the variable HF_TOKEN"
+        others = [name for name in known if name != what.partition("@")[0]]
+        near = difflib.get_close_matches(what.partition("@")[0], others, n=1, cutoff=0.6)
+        say = (
+            f"{endpoint} has no such repository, or it is private, and no folder here is named so"
+            + (f"; did you mean {near[0]!r}? " if near else ". Look at the name; ")
+            + "For a private one say who you are with 'hf auth login' or the variable HF_TOKEN"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         repo, _, revision = what.partition("@")
@@ -249,6 +248,13 @@ def _about_pickles(reference: Reference) -> str:
     except Exception:  # then there is nothing to add
         return ""
     return about_pickles(names)
+
+
+def _cached_repos() -> list[huggingface_hub.CachedRepoInfo]:
+    if not Path(constants.HF_HUB_CACHE).is_dir():
+        return []
+    found = huggingface_hub.scan_cache_dir().repos
+    return sorted((r for r in found if r.repo_type == "model"), key=lambda r: r.repo_id)
 
 
 def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:

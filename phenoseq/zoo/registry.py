@@ -177,7 +177,7 @@ def find(name: str) -> ModelEntry:
         if entry.name == name:
             return entry
     known = [entry.name for entry in _ENTRIES]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     raise ModelError(
         f"no model {name!r}: neither a folder, nor OWNER/NAME on the hub, nor one of the zoo, "

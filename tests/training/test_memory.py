@@ -62,7 +62,7 @@ def test_batches_in_pieces_train_alike(arguments, tmp_path, capsys, monkeypatch)
     assert pieces["global_step"] == whole["global_step"]
     assert pieces["StoreDataModule"] == whole["StoreDataModule"]
     for name, tensor in whole["state_dict"].items():
-        torch.testing.assert_close(pieces["state_dict"][name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(pieces["state_dict"][name], tensor, rtol=1e-3, atol=5e-4)
 
 
 @quiet

@@ -99,7 +99,7 @@ def test_a_newer_commit_is_not_taken_unasked(machine, hub, repo, kept):
     assert machine.load(NAME, download=True) == str(kept / "model")
     shutil.rmtree(kept)
     assert machine.load(NAME) == str(kept / "model")
-    assert hub.asked == []
+    assert hub.gets() == []
 
 
 def test_no_network(machine, offline, hub, kept):

@@ -61,8 +61,8 @@ def test_a_reference(text, repo, revision):
 
 @pytest.mark.parametrize(
     "text",
-    ["tiny", "a/b/c", "/a/b", "../b", "a/..", "a/b@", "a/b@../../x", "./b/", "a/b@x y", "a\n/b",
-     "a//b", "a/b--c", "C:\\a", "https://a/b", "å/b"],
+    ["tiny", "a/b/c", "/a/b", "../b", "a/..", "a/b@", "a/b@../../x", "./b/", "./b", "a/.b",
+     "a/b@x y", "a\n/b", "a//b", "a/b--c", "C:\\a", "https://a/b", "å/b"],
 )  # fmt: skip
 def test_what_is_no_reference(text):
     assert parse_reference(text) is None
@@ -80,9 +80,9 @@ def test_pull_from_a_clean_cache_then_offline(machine, offline, hub, repo, folde
     hub.asked.clear()
     assert Path(machine.load(f"{REPO}@{commit}")) == loaded
     assert Path(offline.load(REPO)) == Path(offline.load(f"{REPO}@main")) == loaded
-    assert hub.asked == []
+    assert hub.gets() == []
     with hub.down():
-        assert Path(machine.load(REPO)) == loaded
+        assert Path(machine.load(REPO)) == Path(machine.load(f"{REPO}@{commit}")) == loaded
 
 
 def test_only_files_of_a_model_are_fetched(machine, hub, repo, folder):
@@ -249,7 +249,7 @@ CHUNKS = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE =
 
 @pytest.fixture
 def in_pieces(machine):
-    """The machine writes what it gets in pieces of 16 kB; a test's weights are a few of them."""
+    """The machine writes what it gets in pieces of 16 kB: the weights are some of them."""
     machine.run(CHUNKS.format(1 << 14))
     yield 1 << 14
     machine.run(CHUNKS.format(10 << 20))
@@ -360,7 +360,15 @@ def test_no_network_and_nothing_in_the_cache(machine, offline, hub, repo):
 def test_no_such_repository(machine, hub):
     refused = machine.load("lab/other")
     assert "has no such repository, or it is private" in refused
+    assert "no folder here is named so" in refused
     assert "did you mean 'Sentinal4D/PhenoSeq'" in machine.load("sentinal4d/phenoseq")
+
+
+def test_the_nearest_in_the_cache_is_named(machine, hub, repo):
+    machine.load(REPO)
+    assert f"did you mean {REPO!r}" in machine.load("lab/tinny")
+    del hub.repos[REPO]
+    assert "did you mean" not in machine.load(REPO)
 
 
 def test_a_private_repository(stranger, machine, hub, repo, commit):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import phenoseq
+from phenoseq.cli import main
 from phenoseq.data.simulate import CHANNELS, simulate_plate
 from phenoseq.errors import ModelError
 from phenoseq.evaluation.metrics import pcc_gene
@@ -217,3 +220,12 @@ def test_an_installation_without_weights_says_so(elsewhere, name):
     (elsewhere / name).unlink()
     with pytest.raises(ModelError, match=name):
         load_model("simulated-plate")
+
+
+def test_a_reader_that_has_enough(monkeypatch):
+    """As in ``phenoseq models | head -1``: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["models", "where"]) == 1
