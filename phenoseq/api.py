@@ -119,6 +119,7 @@ def predict(
     - ``layers["draw"]`` one draw of a measured profile (CSR), counts divided by their own sum;
     - ``obsm["X_phenoseq"]`` mean latent; ``obsm["spatial"]`` micrometres;
     - ``obs`` positions, ``Metadata_*``, ``ood_score`` (about 1 for images like the training ones),
+      ``draw_spread`` (1 where draws differ as much as training cells do, 0 where they agree),
       ``missing_channels``, ``saturated``, ``cut_by_border``;
     - ``var`` indexed by Ensembl id, with ``symbol`` and ``reliability`` (held-out correlation);
     - ``uns["phenoseq"]`` how it was made.
@@ -391,7 +392,8 @@ def calibrate(
 
     Up to 4096 cells of the calibration part of the store, divided as the model was trained with,
     tell how often the truth lies below each level of what is predicted; see
-    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it.
+    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it. On the store of its
+    training a model also learns anew what its training cells look like, for ``ood_score``.
 
     Parameters
     ----------

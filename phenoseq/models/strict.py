@@ -54,7 +54,7 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
         Says which network it is of; before, there was one, and those written after the second
         came said so already. The training has a base, which is empty: nothing was fine-tuned.
     2 to 3
-        Models of cells and of samples have a recalibration, which is none.
+        Models of cells and of samples have a recalibration, and crops an appearance, which are none.
     """
     raw = dict(raw)
     if version < 2:
@@ -63,6 +63,9 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
             raw["training"] = {"base": {}, **raw["training"]}
     if version < 3 and raw.get(NETWORK) in ("phenoseq", "sample"):
         raw.setdefault("recalibration", None)
+        for name in ("image", "cells"):
+            if isinstance(raw.get(name), dict) and "p999" in raw[name]:
+                raw[name] = {"appearance": None, **raw[name]}
     return raw | {"schema_version": SCHEMA_VERSION}
 
 

@@ -1,4 +1,4 @@
-"""Recalibrates a model that is trained already, on the calibration cells of a store."""
+"""Finishes anew a model that is trained already: recalibration, and the score of strangeness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phenoseq.errors import DataError, ModelError
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.recalibration import LEAST
-from phenoseq.training.finalise import recalibration_of
+from phenoseq.training.finalise import fit_strangeness, recalibration_of
 from phenoseq.training.finetune import check_free
 
 
@@ -48,7 +48,9 @@ def calibrate(
             f"{store}: the calibration part has {data.n_cells('cal')} cells, of which at least "
             f"{LEAST} need 20 counts and more; give it more groups"
         )
-    model.config = replace(config, recalibration=found)
+    if same:  # for models of versions that knew less of their training cells
+        fit_strangeness(model, data)
+    model.config = replace(model.config, recalibration=found)
     if target is not None:
         model.save(target)
     return model
