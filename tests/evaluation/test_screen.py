@@ -218,8 +218,7 @@ def test_simulated_plates_from_their_images():
     nothing = adata[~adata.obs["Metadata_Treatment"].isin(names[:10])]
     null = screen(nothing.copy(), control="DMSO")
     assert (null.ranking["q"] < 0.05).sum() == 0
-    assert (null.changes.layers["q"] < 0.05).mean() <= 0.05
-    print(result.ranking.round(4).to_string(), null.ranking.round(4).to_string(), sep="\n")
+    assert (null.changes.layers["q"] < 0.05).sum() == 0
 
 
 # ----------------------------------------------------------------------------------------- the page
