@@ -95,8 +95,7 @@ def _wells(wells: ad.AnnData, treatment: str) -> list[list[Any]]:
     scores = obs["ood_score"] if "ood_score" in obs else np.full(len(obs), np.nan)
     columns = (obs.index, obs[treatment], obs["n_cells"], scores, obs["set_apart"])
     return [
-        [w, str(t), int(n), _number(s), bool(a)]
-        for w, t, n, s, a in zip(*columns, strict=True)
+        [w, str(t), int(n), _number(s), bool(a)] for w, t, n, s, a in zip(*columns, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class Appearance:
         """
         n = _size(n_channels)
         if len(self.mean) != n or [len(row) for row in self.covariance] != [n] * n:
-            raise ModelError(f"{where}: image: appearance of {n_channels} stains has {n} statistics")
+            raise ModelError(f"{where}: image: appearance: {n_channels} stains have {n} statistics")
         covariance = torch.tensor(self.covariance, dtype=torch.float64)
         positive = torch.linalg.cholesky_ex(covariance)[1] == 0
         if not positive or not torch.equal(covariance, covariance.T):
@@ -77,9 +78,9 @@ class Appearance:
         mean = torch.tensor(self.mean, dtype=torch.float64)
         covariance = torch.tensor(self.covariance, dtype=torch.float64)
         out = statistics.new_zeros(len(statistics))
-        patterns, which = present.cpu().unique(dim=0, return_inverse=True)
-        for i, pattern in enumerate(patterns):
-            rows = (which == i).to(statistics.device)
+        patterns, which = np.unique(present.cpu().numpy(), axis=0, return_inverse=True)
+        for i, pattern in enumerate(torch.from_numpy(patterns)):
+            rows = torch.from_numpy(which.reshape(-1) == i).to(statistics.device)
             first, second = torch.triu_indices(len(pattern), len(pattern), 1)
             known = torch.cat([pattern.repeat(3), pattern[first] & pattern[second]])
             if not known.any():
@@ -102,21 +103,24 @@ def pixel_statistics(images: Tensor, std: Tensor) -> Tensor:
 
     Returns
     -------
-    ``(B, k)``, with k = 3 C + C (C - 1) / 2: the logarithms of each stain's mean, standard deviation
-    and root mean square difference of neighbours; and the Pearson correlation of each two stains.
+    ``(B, k)``, with k = 3 C + C (C - 1) / 2: the logarithms of each stain's mean, standard
+    deviation and root mean square difference of neighbours; and the Pearson correlation of each two
+    stains.
     """
-    scaled = images.float() / std
-    flat = scaled.flatten(2)
-    mean = flat.mean(dim=2)
-    away = flat - mean[..., None]
-    covariance = away @ away.mT / flat.shape[2]
+    height, width = images.shape[2:]
+    mean = images.float().mean(dim=(2, 3), keepdim=True)
+    away = images - mean
+    flat = away.flatten(2)
+    size, scale = height * width, std.flatten()
+    covariance = flat @ flat.mT / size / scale[:, None] / scale
     spread = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    steps = [scaled.diff(dim=d).square().mean(dim=(2, 3)) for d in (2, 3) if scaled.shape[d] > 1]
-    sharp = torch.stack([*steps, torch.zeros_like(mean)]).sum(dim=0).sqrt()
+    steps = [torch.linalg.vector_norm(away.diff(dim=d), dim=(2, 3)) for d in (2, 3)]
+    sharp = torch.hypot(*steps) / size**0.5 / scale
+    mean = mean.flatten(1) / scale
     logs = [torch.log(x.clamp(min=0) + _FLOOR) for x in (mean, spread, sharp)]
     known = spread + _FLOOR**2  # of a constant stain nothing is alike
     alike = covariance / known[:, :, None] / known[:, None]
-    first, second = torch.triu_indices(*covariance.shape[1:], 1)
+    first, second = torch.triu_indices(len(std), len(std), 1)
     return torch.cat([*logs, alike[:, first, second]], dim=1)
 
 

@@ -201,7 +201,7 @@ class ContextDiffusion(nn.Module):
         """Return the pixel statistics of crops, or of all cells of bags, ``(n, k)``."""
         return pixel_statistics(images.flatten(0, -4), self.image_std)
 
-    def with_appearance(self, appearance: Appearance) -> Self:
+    def with_appearance(self, appearance: Appearance | None) -> Self:
         """Return this model with where the pixel statistics of its training crops lie."""
         config = self.config
         if isinstance(config, PhenoSeqConfig):

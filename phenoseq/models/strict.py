@@ -54,7 +54,8 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
         Says which network it is of; before, there was one, and those written after the second
         came said so already. The training has a base, which is empty: nothing was fine-tuned.
     2 to 3
-        Models of cells and of samples have a recalibration, and crops an appearance, which are none.
+        Models of cells and of samples have a recalibration, which is none; so is the appearance
+        of crops.
     """
     raw = dict(raw)
     if version < 2:

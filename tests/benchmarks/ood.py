@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def main(store: str, name: str, shared: str) -> None:
     data.setup()
     tissue = data.opened.take(data.some("val", CELLS))
     kinds = altered(tissue)
-    if shared:
-        folder = Path(shared)
+    folder = Path(shared)
+    if shared and (folder / "merscope").is_dir():
         kinds["MERSCOPE"] = crops_of(open_source(folder / "merscope"), image, MERSCOPE)
         kinds["Cell Painting"] = painting(folder / "cell_painting" / "pediatric", image)
     table(model, tissue, kinds)
@@ -67,39 +68,35 @@ def main(store: str, name: str, shared: str) -> None:
 def table(model: PhenoSeq, tissue: Crops, kinds: dict[str, Crops]) -> dict[str, float]:
     """Print the AUROC of each kind against tissue, and return those of ``ood_score``."""
     own = scores(model, tissue)
-    middle = [np.median(values) for values in own]
-    print(f"{len(tissue)} validation cells: ood_score {middle[0]:.2f}, draw_spread {middle[1]:.2f}")
-    print("| images | cells | AUROC of `ood_score` | its median | AUROC of `draw_spread` |")
-    print("|---|---|---|---|---|")
+    middle = ", ".join(f"{np.median(values):.2f}" for values in own)
+    print(f"{len(tissue)} validation cells, medians of score, context alone and spread: {middle}")
+    print(
+        "| images | cells | median `ood_score` | AUROC | of the context alone | of `draw_spread` |"
+    )
+    print("|---|---|---|---|---|---|")
     found = {}
     for kind, crops in kinds.items():
         other = scores(model, crops)
         labels = np.repeat([0, 1], [len(tissue), len(crops)])
-        auc = [
-            roc_auc_score(labels, np.concatenate(pair)) for pair in zip(own, other, strict=True)
-        ]
+        auc = [roc_auc_score(labels, np.concatenate(pair)) for pair in zip(own, other, strict=True)]
         found[kind] = float(auc[0])
         shown = f"**{kind}**" if kind in GROSS else kind
-        print(
-            f"| {shown} | {len(crops)} | {auc[0]:.3f} | {np.median(other[0]):.2f} | {auc[1]:.3f} |"
-        )
+        values = " | ".join(f"{value:.3f}" for value in auc)
+        print(f"| {shown} | {len(crops)} | {np.median(other[0]):.2f} | {values} |", flush=True)
     return found
 
 
-def scores(model: PhenoSeq, crops: Crops) -> tuple[Crops, Crops]:
-    """Return ``ood_score`` and ``draw_spread`` of crops, as ``predict`` gives them."""
+def scores(model: PhenoSeq, crops: Crops) -> list[Crops]:
+    """Return the ``ood_score`` of crops, its part of the context alone, and ``draw_spread``."""
     image = model.config.image
+    plain = copy(model).with_appearance(None)
+    how = {"channels": image.channels, "pixel_size": image.pixel_size, "device": "cpu"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PhenoseqWarning)
-        made = phenoseq.predict(
-            crops,
-            model=model,
-            channels=image.channels,
-            pixel_size=image.pixel_size,
-            n_samples=8,
-            device="cpu",
-        )
-    return made.obs["ood_score"].to_numpy(), made.obs["draw_spread"].to_numpy()
+        made = phenoseq.predict(crops, model=model, n_samples=8, **how)
+        context = phenoseq.predict(crops, model=plain, n_samples=1, steps=1, **how)
+    columns = (made.obs["ood_score"], context.obs["ood_score"], made.obs["draw_spread"])
+    return [column.to_numpy() for column in columns]
 
 
 def altered(tissue: Crops) -> dict[str, Crops]:

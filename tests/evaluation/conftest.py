@@ -1,4 +1,4 @@
-"""Measured cells, a prediction of them, and baselines, as they stand on disk; a browser for pages."""
+"""Measured cells, a prediction of them and baselines, as on disk; and a browser for pages."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from phenoseq.evaluation.compare import compare
 from phenoseq.evaluation.page import write_page
 from phenoseq.evaluation.tables import open_baselines, open_prediction, open_truth
 
+
 class FakeStore:
     """Has a crop for every cell."""
 

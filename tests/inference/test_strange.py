@@ -44,9 +44,9 @@ def test_what_is_grossly_wrong_is_told_from_held_out_tissue(shared_data):
     model.with_appearance(Appearance.fit(model.pixels(known)))
     held_out = tissue("val", 3, 50)
     kinds = {k: v for k, v in ood.altered(held_out).items() if k in ood.GROSS}
-    kinds["MERSCOPE"] = ood.crops_of(
-        open_source(shared_data / "merscope"), image, ood.MERSCOPE
-    )[:150]
+    kinds["MERSCOPE"] = ood.crops_of(open_source(shared_data / "merscope"), image, ood.MERSCOPE)[
+        :150
+    ]
     kinds["Cell Painting"] = ood.painting(shared_data / "cell_painting" / "pediatric", image)
     assert set(kinds) == set(ood.GROSS)
     found = ood.table(model, held_out, kinds)
