@@ -115,6 +115,7 @@ def predict(
     - ``layers["draw"]`` one draw of a measured profile (CSR), counts divided by their own sum;
     - ``obsm["X_phenoseq"]`` mean latent; ``obsm["spatial"]`` micrometres;
     - ``obs`` positions, ``Metadata_*``, ``ood_score`` (about 1 for images like the training ones),
+      ``draw_spread`` (1 where draws differ as much as training cells do, 0 where they agree),
       ``missing_channels``, ``saturated``, ``cut_by_border``;
     - ``var`` indexed by Ensembl id, with ``symbol`` and ``reliability`` (held-out correlation);
     - ``uns["phenoseq"]`` how it was made.

@@ -20,7 +20,7 @@ from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.recalibration import LEAST
 from phenoseq.models.sample import SamplePhenoSeq
 from phenoseq.training.build import record_of
-from phenoseq.training.finalise import recalibration_of
+from phenoseq.training.finalise import fit_strangeness, recalibration_of
 from phenoseq.training.finetune import (
     LR,
     FinetuneModule,
@@ -168,7 +168,8 @@ def calibrate(
 
     Up to 4096 cells of the calibration part of the store, divided as the model was trained with,
     tell how often the truth lies below each level of what is predicted; see
-    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it.
+    :mod:`phenoseq.models.recalibration`. :func:`phenoseq.predict` applies it. On the store of its
+    training a model also learns anew what its training cells look like, for ``ood_score``.
 
     Parameters
     ----------
@@ -224,7 +225,9 @@ def calibrate(
             f"{store}: the calibration part has {data.n_cells('cal')} cells, of which at least "
             f"{LEAST} need 20 counts and more; give it more groups"
         )
-    new.config = replace(config, recalibration=found)
+    if same:  # for models of versions that knew less of their training cells
+        fit_strangeness(new, data)
+    new.config = replace(new.config, recalibration=found)
     if target is not None:
         new.save(target)
     return new

@@ -17,7 +17,7 @@ def add_screen(commands: Commands) -> None:
     screen.add_argument(
         "--treatment", default="Metadata_Treatment", help="column that names it (%(default)s)"
     )
-    screen.add_argument("-o", "--out", required=True, help="folder for the tables")
+    screen.add_argument("-o", "--out", required=True, help="folder for the page and the tables")
     screen.add_argument(
         "--normalise",
         choices=["none", "standardise", "sphere"],
@@ -62,5 +62,5 @@ def _screen(options: argparse.Namespace) -> int:
     for what in ("wells_set_apart", "treatments_of_one_well"):
         if facts[what]:
             print(f"  not scored, {what.replace('_', ' ')}: {len(facts[what])}")
-    print(f"{folder}: changes.h5ad, wells.h5ad, ranking.csv, genes.csv")
+    print(f"{folder}: screen.html, changes.h5ad, wells.h5ad, ranking.csv, genes.csv")
     return 0

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
-import string
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +12,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from plotly.offline import get_plotlyjs
 from scipy.cluster.hierarchy import leaves_list, linkage
 from sklearn.decomposition import PCA
 
 from phenoseq.data.store import Store
 from phenoseq.evaluation import pairs
-from phenoseq.evaluation.report import COLUMNS, Scores, as_json, plain
+from phenoseq.evaluation.html import write_html
+from phenoseq.evaluation.report import COLUMNS, Scores, as_json
 from phenoseq.evaluation.scoring import Result
 from phenoseq.evaluation.tables import Prediction, Truth
 
@@ -90,16 +86,7 @@ def write_page(
         "map": _places(truth, cells),
         "gallery": [] if store is None else _gallery(truth, model, results[0], names, store),
     }
-    template = string.Template(files("phenoseq.evaluation").joinpath("page.html").read_text())
-    text = json.dumps(plain(data), allow_nan=False)
-    page = template.substitute(
-        title=_escaped(f"{facts.get('model', model.name)}: evaluation"),
-        data=text.replace("<", "\\u003c"),
-        plotly=get_plotlyjs(),
-    )
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_html(path, "page.html", f"{facts.get('model', model.name)}: evaluation", data)
 
 
 def _shown_genes(truth: Truth) -> Rows:
@@ -225,7 +212,3 @@ def _composites(crops: NDArray[Any]) -> list[str]:
         Image.fromarray(image).resize((_SIDE, _SIDE)).save(file, "PNG")
         out.append(base64.b64encode(file.getvalue()).decode())
     return out
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

@@ -13,6 +13,7 @@ from scipy import stats
 
 from phenoseq.data.backed import Given
 from phenoseq.errors import DataError
+from phenoseq.evaluation.screen_page import write_screen_page
 from phenoseq.evaluation.treatments import map_replicate
 from phenoseq.evaluation.wells import PLATE, Normalisation, normalise_plates, well_profiles
 
@@ -42,7 +43,10 @@ class Screen:
     wells: ad.AnnData
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``changes.h5ad``, ``wells.h5ad``, and CSV of ranking, genes and gene sets."""
+        """Write ``changes.h5ad``, ``wells.h5ad``, CSV of ranking, genes and gene sets, and a page.
+
+        The page, ``screen.html``, opens offline.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.changes.write_h5ad(folder / "changes.h5ad")
@@ -51,6 +55,7 @@ class Screen:
         self.genes().to_csv(folder / "genes.csv", index=False)
         for name, scores in self.changes.obsm.items():
             scores.to_csv(folder / f"{name}.csv")
+        write_screen_page(folder / "screen.html", self)
         return folder
 
     def genes(self) -> pd.DataFrame:

@@ -75,7 +75,8 @@ def image_job(
                 latent = model.generate(context, torch.from_numpy(noise).to(where), steps=steps)
                 values = summarise(model, model.expression, latent, seed, names, draws)
                 values["obsm/X_phenoseq"] = _numpy(latent.mean(dim=1))
-                values["obs/ood_score"] = _numpy(model.strangeness(context))
+                values["obs/ood_score"] = _numpy(model.strangeness(context, images, present))
+                values["obs/draw_spread"] = _numpy(model.disagreement(latent))
             values["obs/saturated"] = _saturated(batch.images)
             values["obs/cut_by_border"] = batch.cut
             yield batch.rows, values
@@ -88,6 +89,7 @@ def image_job(
             *(Field(f, genes, sparse=True) for f in ("layers/draw", *draws)),
             Field("obsm/X_phenoseq", latent_dim),
             Field("obs/ood_score", 0),
+            Field("obs/draw_spread", 0),
             Field("obs/saturated", 0, "bool"),
             Field("obs/cut_by_border", 0, "bool"),
         ),

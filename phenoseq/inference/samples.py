@@ -104,12 +104,10 @@ def sample_job(
                 continue
             names = [bags.names[i] for i in some]
             with torch.inference_mode():
-                context = model.encode(
-                    torch.from_numpy(cells).to(place),
-                    given.present.expand(len(some), -1).to(place),
-                    torch.from_numpy(keep).to(place),
-                )
-                strange = model.strangeness(context).float().cpu().numpy()
+                read = torch.from_numpy(cells).to(place)
+                present = given.present.expand(len(some), -1).to(place)
+                context = model.encode(read, present, torch.from_numpy(keep).to(place))
+                strange = model.strangeness(context, read, present).float().cpu().numpy()
                 noise = bag_normals(seed, names, n_samples, config.expression.latent_dim)
                 latent = model.generate(context, torch.from_numpy(noise).to(place), steps=steps)
                 values = _values(model, latent, draws, seed, names)

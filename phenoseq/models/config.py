@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from phenoseq.errors import ModelError
+from phenoseq.models.appearance import Appearance
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.diffusion import Output, Sampler
 from phenoseq.models.embedding import EmbeddingConfig
@@ -39,6 +40,8 @@ class ImageConfig:
         Pixel type of the training images.
     mean, std, p999
         For each channel the mean, deviation and 99.9th percentile of training pixels.
+    appearance
+        Where the pixel statistics of training crops lie; None where it was never fitted.
     """
 
     channels: tuple[str, ...]
@@ -48,6 +51,7 @@ class ImageConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     p999: tuple[float, ...]
+    appearance: Appearance | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,8 @@ def _check_image(image: ImageConfig, where: str) -> None:
             "image: std": (min(image.std, default=0), 1e-9, 1e9),
         },
     )
+    if image.appearance is not None:
+        image.appearance.check(len(image.channels), where)
 
 
 def _check_genes(space: ExpressionConfig, training: TrainingRecord, where: str) -> None:

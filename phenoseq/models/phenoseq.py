@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from phenoseq.models.appearance import Appearance, pixel_statistics
 from phenoseq.models.config import ImageConfig, PhenoSeqConfig, SampleConfig
 from phenoseq.models.denoiser import Denoiser, Memory
 from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_prediction
@@ -29,7 +30,7 @@ class ContextDiffusion(nn.Module):
     ----------
     context_mean, context_whiten
         ``(dim,)`` and ``(dim, dim)``: mean of the training cells' pooled contexts, and the map that
-        gives them unit covariance; the out-of-distribution score is the distance there.
+        gives them unit covariance; one half of the out-of-distribution score is the distance there.
     """
 
     config: PhenoSeqConfig | SampleConfig
@@ -151,16 +152,63 @@ class ContextDiffusion(nn.Module):
 
         return denoise
 
-    def strangeness(self, context: tuple[Tensor, Tensor]) -> Tensor:
-        """Return how far each context lies from those of training cells, ``(B,)``, about 1 inside.
+    def strangeness(
+        self, context: tuple[Tensor, Tensor], cells: Tensor, present: Tensor | None = None
+    ) -> Tensor:
+        """Return how far cells lie from training cells, ``(B,)``, about 1 inside.
 
-        The Mahalanobis distance of the pooled context, over the square root of its width; of a bag
-        the root of the mean square over its cells.
+        The Mahalanobis distance of the pooled context (Lee et al. 2018), over the square root of
+        its width, and that of the pixel statistics of the crop
+        (:class:`~phenoseq.models.appearance.Appearance`), as the root of their mean square; where
+        features are read, the first alone. Of a bag the root of the mean square over its cells.
+
+        Parameters
+        ----------
+        context
+            From ``encode``.
+        cells, present
+            What was encoded.
         """
-        cells, own = self.pooled(context)
-        away = (cells.flatten(0, 1) - self.context_mean) @ self.context_whiten
-        square = away.square().mean(dim=1).view(own.shape) * own
-        return (square.sum(dim=1) / own.sum(dim=1).clamp(min=1)).sqrt()
+        pooled, own = self.pooled(context)
+        away = (pooled.flatten(0, 1) - self.context_mean) @ self.context_whiten
+        square = away.square().mean(dim=1).view(own.shape)
+        image = self.image_config
+        if image is not None and image.appearance is not None:
+            if present is None:
+                present = own.new_ones(len(own), len(image.channels))
+            each = present.repeat_interleave(own.shape[1], dim=0)
+            looks = image.appearance.distance(self.pixels(cells), each)
+            square = (square + looks.square().view(own.shape)) / 2
+        return ((square * own).sum(dim=1) / own.sum(dim=1).clamp(min=1)).sqrt()
+
+    def disagreement(self, latent: Tensor) -> Tensor:
+        """Return how far the draws ``(B, K, D)`` of each cell lie apart, ``(B,)``.
+
+        The root mean square deviation from their mean, latents weighted as in the loss, in units of
+        the spread of training cells: 1 where the image tells nothing, 0 where it tells all, or
+        there is one draw.
+        """
+        variance = latent.var(dim=1, correction=0)
+        return (variance * self.expression.weight).mean(dim=1).sqrt()
+
+    @property
+    def image_config(self) -> ImageConfig | None:
+        """The crops that are read; None where features are."""
+        image = self.config.image if isinstance(self.config, PhenoSeqConfig) else self.config.cells
+        return image if isinstance(image, ImageConfig) else None
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return the pixel statistics of crops, or of all cells of bags, ``(n, k)``."""
+        return pixel_statistics(images.flatten(0, -4), self.image_std)
+
+    def with_appearance(self, appearance: Appearance | None) -> Self:
+        """Return this model with where the pixel statistics of its training crops lie."""
+        config = self.config
+        if isinstance(config, PhenoSeqConfig):
+            self.config = replace(config, image=replace(config.image, appearance=appearance))
+        elif isinstance(config.cells, ImageConfig):
+            self.config = replace(config, cells=replace(config.cells, appearance=appearance))
+        return self
 
     def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the pooled tokens of cells, ``(B, N, dim)``, and which cells count, ``(B, N)``.

@@ -54,8 +54,8 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
         Says which network it is of; before, there was one, and those written after the second
         came said so already. The training has a base, which is empty: nothing was fine-tuned.
     2 to 3
-        Models of cells and of samples have a recalibration, which is none. No encoder started
-        from pretrained weights.
+        Models of cells and of samples have a recalibration, which is none; so is the appearance
+        of crops. No encoder started from pretrained weights.
     """
     raw = dict(raw)
     if version < 2:
@@ -64,6 +64,9 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
             raw["training"] = {"base": {}, **raw["training"]}
     if version < 3 and raw.get(NETWORK) in ("phenoseq", "sample"):
         raw.setdefault("recalibration", None)
+        for name in ("image", "cells"):
+            if isinstance(raw.get(name), dict) and "p999" in raw[name]:
+                raw[name] = {"appearance": None, **raw[name]}
     for name in ("training", "origin"):
         if version < 3 and isinstance(record := raw.get(name), dict) and "split" in record:
             raw[name] = {"encoder_weights": {}, **record}

@@ -13,6 +13,7 @@ from torch import Tensor
 from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.handover import Batch
 from phenoseq.evaluation.metrics import pcc_gene
+from phenoseq.models.appearance import Appearance
 from phenoseq.models.counts import nb_cdf, nb_quantile
 from phenoseq.models.expression import MIN_LIBRARY, ExpressionSpace
 from phenoseq.models.phenoseq import PhenoSeq
@@ -44,14 +45,7 @@ def finalise(
     The model, in evaluation mode, with all of it in it.
     """
     model.eval()
-    pooled = [model.pooled(_encode(model, b)) for b in data.fixed("train", _CELLS, alone=True)]
-    contexts = torch.cat([cells[own] for cells, own in pooled]).double()
-    covariance = torch.cov(contexts.T)
-    covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
-    model.context_mean.copy_(contexts.mean(dim=0))
-    whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
-    score = ((contexts - contexts.mean(dim=0)) @ whiten).square().mean().sqrt()
-    model.context_whiten.copy_(whiten / score)  # 1 over training cells, whatever the ridge took
+    fit_strangeness(model, data)
     if not isinstance(model.expression, ExpressionSpace):
         return model
 
@@ -67,6 +61,26 @@ def finalise(
     reliability = np.round(pcc_gene(truth, predicted), 4)
     training = replace(model.config.training, reliability=tuple(reliability.tolist()))
     return model.with_record(training)
+
+
+@torch.inference_mode()
+def fit_strangeness(model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule) -> None:
+    """Let a model know where contexts and pixel statistics of up to 8192 training cells lie."""
+    pooled, pixels = [], []
+    for batch in data.fixed("train", _CELLS, alone=True):
+        cells, own = model.pooled(_encode(model, batch))
+        pooled.append(cells[own])
+        if "images" in batch:
+            pixels.append(model.pixels(batch["images"])[own.flatten()])
+    if pixels:
+        model.with_appearance(Appearance.fit(torch.cat(pixels)))
+    contexts = torch.cat(pooled).double()
+    covariance = torch.cov(contexts.T)
+    covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+    model.context_mean.copy_(contexts.mean(dim=0))
+    whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
+    score = ((contexts - contexts.mean(dim=0)) @ whiten).square().mean().sqrt()
+    model.context_whiten.copy_(whiten / score)  # 1 over training cells, whatever the ridge took
 
 
 @torch.inference_mode()

@@ -1,7 +1,14 @@
-"""Measured cells, a prediction of them, and baselines, as they stand on disk."""
+"""Measured cells, a prediction of them and baselines, as on disk; and a browser for pages."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
+import subprocess
+import time
+
+import aiohttp
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,6 +16,9 @@ import pytest
 from scipy import sparse
 
 N, G, K, MEDIAN = 300, 8, 5, 60.0
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +73,96 @@ def cells() -> dict[str, ad.AnnData]:
         "median_library": MEDIAN,
     }
     return {"truth": truth, "model": model, "baselines": baselines}
+
+
+class Browser:
+    """Drives headless Chromium by its DevTools protocol."""
+
+    def __init__(self, socket):
+        self.socket, self.number, self.problems = socket, 0, []
+
+    async def call(self, method, **params):
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": params})
+        while True:
+            message = json.loads((await self.socket.receive(timeout=60)).data)
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.problems.append(message["params"])
+            if message.get("method") == "Log.entryAdded":
+                self.problems.append(message["params"]["entry"]["text"])
+            if message.get("method") == "Runtime.consoleAPICalled":
+                self.problems.append(message["params"])
+            if message.get("method") == "Network.requestWillBeSent":
+                url = message["params"]["request"]["url"]
+                if not url.startswith(("file:", "data:", "blob:")):
+                    self.problems.append(url)
+            if message.get("id") == self.number:
+                return message["result"]
+
+    async def run(self, script):
+        found = await self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def until(self, script):
+        for _ in range(300):
+            if await self.run(script):
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"never true: {script}")
+
+    async def press(self, key, code, **more):
+        how = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        await self.call("Input.dispatchKeyEvent", type="keyDown", **how, **more)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **how)
+
+    async def wide(self, width):
+        await self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        await asyncio.sleep(0.5)
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Give a function that opens a page and lets a coroutine drive it."""
+    if BROWSER is None:
+        pytest.skip("no Chromium here: pages are not driven in a browser")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update --remote-debugging-port=0"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "about:blank"],
+            stderr=log, stdout=log,
+        )  # fmt: skip
+    port = tmp_path / "profile" / "DevToolsActivePort"
+    end = time.monotonic() + 60
+    while not (port.exists() and "\n" in port.read_text()):
+        assert time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+
+    async def drive(page, steps):
+        root = f"http://127.0.0.1:{port.read_text().split()[0]}"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{root}/json") as answer:
+                pages = await answer.json()
+            target = next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"]
+            async with session.ws_connect(target, max_msg_size=0) as socket:
+                browser = Browser(socket)
+                for domain in ("Page", "Runtime", "Log", "Network"):
+                    await browser.call(f"{domain}.enable")
+                await browser.wide(1280)
+                await browser.call("Page.navigate", url=page.as_uri())
+                await browser.until("document.body && document.body.dataset.ready === 'yes'")
+                await steps(browser)
+                assert browser.problems == []
+
+    yield lambda page, steps: asyncio.run(drive(page, steps))
+    process.terminate()
+    process.wait(30)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import shutil
-import subprocess
 import sys
-import time
 
-import aiohttp
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from phenoseq.evaluation import page
 from phenoseq.evaluation.compare import compare
 from phenoseq.evaluation.page import write_page
 from phenoseq.evaluation.tables import open_baselines, open_prediction, open_truth
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 class FakeStore:
@@ -75,7 +67,7 @@ def report(cells, tmp_path_factory):
 def test_one_file_that_asks_for_nothing(report):
     text = report.read_text()
     assert len(text.encode()) < 10_000_000
-    own = text.replace(page.get_plotlyjs(), "")
+    own = text.replace(get_plotlyjs(), "")
     for outside in ("http://", "https://", 'src="//', "@import", "url("):
         assert outside not in own, outside
     assert "<b>X" not in own
@@ -109,100 +101,7 @@ def test_packed_values_come_back():
 # ------------------------------------------------------------------------------------- in a browser
 
 
-class Browser:
-    """Drives headless Chromium by its DevTools protocol."""
-
-    def __init__(self, socket):
-        self.socket, self.number, self.problems = socket, 0, []
-
-    async def call(self, method, **params):
-        self.number += 1
-        await self.socket.send_json({"id": self.number, "method": method, "params": params})
-        while True:
-            message = json.loads((await self.socket.receive(timeout=60)).data)
-            if message.get("method") == "Runtime.exceptionThrown":
-                self.problems.append(message["params"])
-            if message.get("method") == "Log.entryAdded":
-                self.problems.append(message["params"]["entry"]["text"])
-            if message.get("method") == "Runtime.consoleAPICalled":
-                self.problems.append(message["params"])
-            if message.get("method") == "Network.requestWillBeSent":
-                url = message["params"]["request"]["url"]
-                if not url.startswith(("file:", "data:", "blob:")):
-                    self.problems.append(url)
-            if message.get("id") == self.number:
-                return message["result"]
-
-    async def run(self, script):
-        found = await self.call(
-            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
-        )
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    async def until(self, script):
-        for _ in range(300):
-            if await self.run(script):
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"never true: {script}")
-
-    async def press(self, key, code, **more):
-        how = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-        await self.call("Input.dispatchKeyEvent", type="keyDown", **how, **more)
-        await self.call("Input.dispatchKeyEvent", type="keyUp", **how)
-
-    async def wide(self, width):
-        await self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=800,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        await asyncio.sleep(0.5)
-
-
-@pytest.fixture
-def browse(report, tmp_path):
-    """Give a function that opens the report and lets a coroutine drive it."""
-    if BROWSER is None:
-        pytest.skip("no Chromium here: the report is not driven in a browser")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    flags += "--disable-background-networking --disable-component-update --remote-debugging-port=0"
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "about:blank"],
-            stderr=log, stdout=log,
-        )  # fmt: skip
-    port = tmp_path / "profile" / "DevToolsActivePort"
-    end = time.monotonic() + 60
-    while not (port.exists() and "\n" in port.read_text()):
-        assert time.monotonic() < end, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-
-    async def drive(steps):
-        root = f"http://127.0.0.1:{port.read_text().split()[0]}"
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"{root}/json") as answer:
-                pages = await answer.json()
-            target = next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"]
-            async with session.ws_connect(target, max_msg_size=0) as socket:
-                browser = Browser(socket)
-                for domain in ("Page", "Runtime", "Log", "Network"):
-                    await browser.call(f"{domain}.enable")
-                await browser.wide(1280)
-                await browser.call("Page.navigate", url=report.as_uri())
-                await browser.until("document.body && document.body.dataset.ready === 'yes'")
-                await steps(browser)
-                assert browser.problems == []
-
-    yield lambda steps: asyncio.run(drive(steps))
-    process.terminate()
-    process.wait(30)
-
-
-def test_in_a_browser(browse):
+def test_in_a_browser(browse, report):
     """One visit, since starting a browser takes longest."""
 
     async def steps(browser):
@@ -269,4 +168,4 @@ def test_in_a_browser(browse):
             small = await browser.run("document.querySelector('#scatter .main-svg').clientWidth")
             assert small >= 300
 
-    browse(steps)
+    browse(report, steps)

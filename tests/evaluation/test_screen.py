@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.offline import get_plotlyjs
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -14,7 +15,8 @@ from phenoseq.cli import main
 from phenoseq.data.simulate import simulate_plate
 from phenoseq.errors import DataError
 from phenoseq.evaluation.genesets import read_gene_sets, score_gene_sets
-from phenoseq.evaluation.screen import screen
+from phenoseq.evaluation.screen import Screen, screen
+from phenoseq.evaluation.screen_page import write_screen_page
 from phenoseq.evaluation.wells import normalise_plates, well_profiles
 
 GENES = 60
@@ -187,7 +189,9 @@ def test_command(tmp_path, capsys):
     assert "drug1" in capsys.readouterr().out
     ranking = pd.read_csv(out / "ranking.csv", index_col="treatment")
     assert ranking.loc["drug1", "map"] > ranking.loc["drug2", "map"]
-    assert {"changes.h5ad", "wells.h5ad", "genes.csv"} <= {p.name for p in out.iterdir()}
+    assert {"screen.html", "changes.h5ad", "wells.h5ad", "genes.csv"} <= {
+        p.name for p in out.iterdir()
+    }
     assert main(["screen", str(tmp_path / "no.h5ad"), "--control", "DMSO", "-o", str(out)]) == 1
 
 
@@ -206,8 +210,120 @@ def test_simulated_plates_from_their_images():
             inactive=names[10:],
         )
         predicted.append(phenoseq.predict(plate.source, model="simulated-plate", n_samples=4))
-    result = screen(ad.concat(predicted), control="DMSO")
+    adata = ad.concat(predicted)
+    result = screen(adata, control="DMSO")
     active = [name in names[:10] for name in result.ranking.index]
     assert roc_auc_score(active, -np.arange(20)) >= 0.95
     false = result.ranking["q"][np.logical_not(active)] < 0.05
     assert false.sum() <= 1
+    # where nothing acts: those that do nothing, and the controls
+    nothing = adata[~adata.obs["Metadata_Treatment"].isin(names[:10])]
+    null = screen(nothing.copy(), control="DMSO")
+    assert (null.ranking["q"] < 0.05).sum() == 0
+    assert (null.changes.layers["q"] < 0.05).sum() == 0
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A screen with all there is, of treatments whose names would break a careless page."""
+    adata = plates([1.0, 0.0, 0.5], 12, wells=3)
+    names = {"drug1": "</script><b>X", "drug2": "É$1"}
+    adata.obs["Metadata_Treatment"] = adata.obs["Metadata_Treatment"].replace(names)
+    lone = (adata.obs["Metadata_Well"] == "3-0").to_numpy()
+    adata.obs.loc[lone, "ood_score"] = 9.0
+    result = screen(adata, control="DMSO", permutations=200)
+    shape = (3, 4)
+    sets = [f"SET {i}" for i in range(4)]
+    for name, values in (("hall", np.arange(12.0)), ("hall_q", np.linspace(0, 1, 12))):
+        table = pd.DataFrame(values.reshape(shape), result.changes.obs_names, sets)
+        result.changes.obsm[name] = table
+    return result, result.save(tmp_path_factory.mktemp("screen") / "out") / "screen.html"
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(written):
+    text = written[1].read_text()
+    assert len(text.encode()) < 10_000_000
+    own = text.replace(get_plotlyjs(), "")
+    for outside in ("http://", "https://", 'src="//', "@import", "url("):
+        assert outside not in own, outside
+    assert "<b>X" not in own
+
+
+def test_a_large_screen_makes_a_small_page(tmp_path):
+    """2,500 treatments, 300 genes of long names: only what is most certain is in it."""
+    n, g = 2500, 300
+    rng = np.random.default_rng(0)
+    made = screen(plates([1.0, 0.0], 13), control="DMSO", permutations=20)
+    names = [f"compound {i}" for i in range(n)]
+    obs = pd.concat([made.ranking.iloc[:1]] * n).set_axis(pd.Index(names, name="treatment"))
+    changes = ad.AnnData(rng.normal(size=(n, g)), obs=obs, uns=made.changes.uns)
+    changes.var_names = [f"ENSG{i:011d}" for i in range(g)]
+    changes.layers.update({k: rng.normal(size=(n, g)) for k in ("lower", "upper", "p", "q")})
+    changes.obsp["similarity"] = np.corrcoef(changes.X)
+    wells = ad.concat([made.wells] * 200, index_unique="-")
+    write_screen_page(tmp_path / "screen.html", Screen(changes, obs, wells))
+    assert (tmp_path / "screen.html").stat().st_size < 10_000_000
+
+
+def test_the_page_in_a_browser(written, browse):
+    result, path = written
+
+    async def steps(browser):
+        assert await browser.run("document.title") == "Screen of Metadata_Treatment"
+        names = (
+            "[...document.querySelectorAll('#ranking-table tbody button')].map(b => b.textContent)"
+        )
+        assert await browser.run(names) == list(result.ranking.index)
+        assert "Ordered by p" in await browser.run(
+            "document.getElementById('criterion').textContent"
+        )
+        assert await browser.run("document.querySelectorAll('.plot .main-svg').length") >= 8
+        # the search filters, and the choice of a treatment redraws its genes
+        await browser.run("document.getElementById('search').focus()")
+        await browser.call("Input.insertText", text="SCRIPT")
+        assert await browser.run(names) == ["</script><b>X"]
+        first = "document.querySelector('#gene-table tbody td').textContent"
+        for i, name in enumerate(result.ranking.index):
+            await browser.run(
+                f"(() => {{ const c = document.getElementById('choice'); c.value = {i};"
+                "c.dispatchEvent(new Event('change')); })()"
+            )
+            genes = result.genes()
+            want = genes[genes["treatment"] == name].iloc[0]
+            assert await browser.run(first) == want["symbol"]
+            bar = "document.querySelector('#genes').data[0]"
+            got = await browser.run(f"[{bar}.x.at(-1), {bar}.error_x.array.at(-1)]")
+            np.testing.assert_allclose(
+                got, [want["change"], want["upper"] - want["change"]], atol=2e-3
+            )
+        # by keyboard: past the table's frame to the button, which redraws
+        await browser.run("document.getElementById('search').focus()")
+        await browser.press("Tab", 9)
+        await browser.press("Tab", 9)
+        assert await browser.run("document.activeElement.textContent") == "</script><b>X"
+        await browser.press("Enter", 13, text="\r")
+        at = list(result.ranking.index).index("</script><b>X")
+        await browser.until(f"document.getElementById('choice').value === '{at}'")
+        # wells set apart stand by themselves
+        rows = (
+            "[...document.querySelectorAll('#well-table tbody tr')]"
+            ".map(r => r.firstChild.textContent)"
+        )
+        assert await browser.run(rows) == ["p0/3-0", "p1/3-0"]
+        bare = (
+            "[...document.querySelectorAll('input, select, button, a, [role=img]')]"
+            ".filter(x => !(x.textContent.trim() || x.ariaLabel || x.labels && x.labels.length))"
+            ".length"
+        )
+        assert await browser.run(bare) == 0
+        for width in (1280, 400):
+            await browser.wide(width)
+            await browser.until(
+                "document.querySelector('#genes .main-svg').clientWidth < innerWidth"
+            )
+            assert await browser.run("document.documentElement.scrollWidth") <= width
+
+    browse(path, steps)

@@ -80,10 +80,11 @@ def test_a_bag_is_generated_from_its_own_cells_by_its_own_noise(of_features, tab
     for bag in ("s1:1", "s1:2", "s2:1"):  # what fills the last two is not read
         cells = json.loads(made.obs["cells"][bag])
         with torch.inference_mode():
-            context = of_features.encode(torch.from_numpy(table[cells].X)[None])
+            read = torch.from_numpy(table[cells].X)[None]
+            context = of_features.encode(read)
             noise = torch.from_numpy(bag_normals(0, [bag], 3, D))
             want = of_features.expression.decode(of_features.generate(context, noise))[0]
-            strange = of_features.strangeness(context)
+            strange = of_features.strangeness(context, read)
         got = np.stack([made[bag].layers[f"draw_{k}"][0] for k in range(3)])
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
         assert made.obs["ood_score"][bag] == pytest.approx(float(strange), rel=1e-4)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phenoseq.errors import ModelError
+from phenoseq.models.appearance import Appearance
 from phenoseq.models.phenoseq import PhenoSeq, pool
 
 
@@ -36,7 +37,7 @@ def noise(rng, model):
 def outputs(model, crops, noise):
     context = model.encode(crops)
     latent = model.generate(context, noise)
-    return (*context, latent, *model.expression.decode(latent), model.strangeness(context))
+    return (*context, latent, *model.expression.decode(latent), model.strangeness(context, crops))
 
 
 # ------------------------------------------------------------------------------- saved and loaded
@@ -338,4 +339,21 @@ def test_strangeness_is_a_mahalanobis_distance(model, rng):
     model.context_whiten.copy_(torch.diag(1 / spread))
     tokens = torch.stack([mean, mean + 3 * spread])[:, None]
     keep = torch.ones(2, 1, dtype=torch.bool)
-    np.testing.assert_allclose(model.strangeness((tokens, keep)), [0, 3], atol=1e-5)
+    crops = torch.zeros(2, 3, 32, 32)
+    np.testing.assert_allclose(model.strangeness((tokens, keep), crops), [0, 3], atol=1e-5)
+    model.with_appearance(Appearance.fit(model.pixels(torch.rand(90, 3, 32, 32, generator=rng))))
+    present = torch.tensor([[True, True, True], [True, False, True]])
+    looks = model.config.image.appearance.distance(model.pixels(crops), present)
+    want = ((torch.tensor([0, 9]) + looks**2) / 2).sqrt()
+    torch.testing.assert_close(model.strangeness((tokens, keep), crops, present), want)
+    assert looks.min() > 5
+    assert type(model.config).from_json(model.config.to_json(), "here") == model.config
+
+
+def test_disagreement_is_the_spread_of_the_draws_in_that_of_cells(model, rng):
+    dim = model.config.expression.latent_dim
+    agreed = torch.randn(2, 1, dim, generator=rng).expand(-1, 40, -1)
+    assert model.disagreement(agreed).tolist() == [0, 0]
+    free = torch.randn(2, 40_000, dim, generator=rng)
+    torch.testing.assert_close(model.disagreement(free), torch.ones(2), atol=0.02, rtol=0)
+    assert model.disagreement(free[:, :1]).tolist() == [0, 0]

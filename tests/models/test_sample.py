@@ -129,7 +129,7 @@ def test_strangeness_is_over_the_cells_that_count():
     context = model.encode(cells, keep=keep)
     pooled = context[0].unflatten(1, (3, 2)).mean(dim=2)
     expected = pooled[:, [0, 2]].square().mean(dim=(1, 2)).sqrt()
-    torch.testing.assert_close(model.strangeness(context), expected)
+    torch.testing.assert_close(model.strangeness(context, cells), expected)
 
 
 def test_embeddings_are_standardised_as_they_are():

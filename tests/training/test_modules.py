@@ -400,13 +400,14 @@ def test_a_model_of_samples_knows_its_cells_and_its_genes(kinds):
     model = finalise(module.model, data)
     assert model.config.training.reliability == ()  # of three validation samples it says nothing
     scores = [
-        model.strangeness(module.encode(batch)).detach()
+        model.strangeness(module.encode(batch), batch["images"]).detach()
         for batch in data.fixed("train", 10**6, alone=True)
     ]
     assert float(torch.cat(scores).square().mean().sqrt()) == pytest.approx(1, abs=0.05)
     batch = first(data)
     batch["images"] = 255 - batch["images"].float()
-    assert float(model.strangeness(module.encode(batch)).detach().min()) > 1.5
+    strange = model.strangeness(module.encode(batch), batch["images"]).detach()
+    assert float(strange.min()) > 1.5
 
 
 # ---------------------------------------------------------------------------------------- figures

@@ -42,10 +42,11 @@ def test_models_of_ours(name):
     want = load_file(FROZEN / name / "expected.safetensors")
     assert model.config.recalibration is None
     with torch.inference_mode():
-        context = model.encode(want["features" if name.endswith("sample") else "images"])
+        cells = want["features" if name.endswith("sample") else "images"]
+        context = model.encode(cells)
         latents = model.generate(context, want["noise"])
         rates, library = model.expression.decode(latents)
-        strangeness = model.strangeness(context)
+        strangeness = model.strangeness(context, cells)
     got = {"tokens": context[0], "latents": latents, "rates": rates, "library": library}
     for name, tensor in (got | {"strangeness": strangeness}).items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5, msg=name)
