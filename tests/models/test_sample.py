@@ -114,10 +114,12 @@ def test_order_and_fillers_do_not_matter():
     torch.nn.init.normal_(model.denoiser.outward.weight)
     cells, noise = torch.randn(1, 3, 6), torch.randn(1, 4, 5)
     whole = model.generate(model.encode(cells), noise)
-    torch.testing.assert_close(model.generate(model.encode(cells[:, [2, 0, 1]]), noise), whole)
+    again = model.generate(model.encode(cells[:, [2, 0, 1]]), noise)
+    torch.testing.assert_close(again, whole, atol=1e-4, rtol=1e-4)
     filled = torch.cat([cells, cells[:, :2]], dim=1)
     keep = torch.tensor([[True, True, True, False, False]])
-    torch.testing.assert_close(model.generate(model.encode(filled, keep=keep), noise), whole)
+    again = model.generate(model.encode(filled, keep=keep), noise)
+    torch.testing.assert_close(again, whole, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(model.generate(model.encode(2 * cells), noise), whole, atol=1e-3)
 
 
