@@ -3,7 +3,7 @@
     python examples/demo.py demo
 
 writes ``demo/prediction.h5ad`` and ``demo/prediction.png``. The truth is the simulation's: the
-expected expression of every cell, without counting noise. The model saw other simulated plates.
+expected expression of every cell. The model saw other simulated plates.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def predict(
     From images AnnData ``(n_obs, n_vars)``, every value on the scale of log1p of counts at the
     median library size of the training cells:
 
-    - ``X`` expected expression, without counting noise, float32;
+    - ``X`` expected expression: the mean of what a measurement would give, float32;
     - ``layers["std"]``, ``["q05"]``, ``["q95"]`` of the predictive distribution of a measured
       value, counting noise included, at the cell's predicted library size;
     - ``layers["draw"]`` one draw of a measured profile (CSR), counts divided by their own sum;

@@ -19,7 +19,7 @@ from phenoseq.inference.inputs import Inputs
 from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
 from phenoseq.models.config import ImageConfig
-from phenoseq.models.counts import nb_quantile, redraw, summarise_mixture
+from phenoseq.models.counts import nb_quantile, redraw
 from phenoseq.models.expression import ExpressionConfig, ExpressionSpace
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.phenoseq import ContextDiffusion, PhenoSeq
@@ -140,32 +140,28 @@ def summarise(
     """Decode the latents ``(B, K, D)`` of some cells or bags and summarise them, field by field.
 
     Counts are drawn of the first n draws: one, or those named by ``draws``. What the model has
-    learned of its calibration is applied to all but ``X``.
+    learned of its calibration is applied to all of it.
     """
     median = space.config.median_library
     rates, library = space.decode(latent)
-    expected = library.mean(dim=1)
-    mean = torch.log1p(rates.mean(dim=1) * median)
     recalibration = model.config.recalibration
-    warp = None if recalibration is None else recalibration.at(mean)
-    std, quantiles = summarise_mixture(
-        rates * expected[:, None, None],
-        space.theta,
-        median / expected,
-        tuple(QUANTILES.values()),
-        warp,
+    mean, std, quantiles = space.measured(
+        rates, library.mean(dim=1), tuple(QUANTILES.values()), recalibration
     )
     out = {"X": _numpy(mean), "layers/std": _numpy(std)}
     for name, values in zip(QUANTILES, quantiles, strict=True):
         out[f"layers/{name}"] = _numpy(values)
     drawn = draws or ["layers/draw"]
     n = len(drawn)
-    made = cell_uniforms(seed, names, n if warp is None else 2 * n, len(space.config.genes))
+    made = cell_uniforms(
+        seed, names, n if recalibration is None else 2 * n, len(space.config.genes)
+    )
     uniforms = torch.from_numpy(made).to(latent.device)
     mu = rates[:, :n] * library[:, :n, None]
     pieces = [nb_quantile(uniforms[:, k], mu[:, k : k + 1], space.theta) for k in range(n)]
     counts = torch.stack(pieces, dim=1)
-    if warp is not None:
+    if recalibration is not None:
+        warp = recalibration.at(space.level(rates))
         counts = redraw(counts, rates, library[:, :n], space.theta, warp, uniforms[:, n:])
     share = counts / counts.sum(dim=2, keepdim=True).clamp(min=1)
     profiles = _numpy(torch.log1p(share * median))

@@ -147,7 +147,7 @@ def summarise_mixture(
     scale: Tensor,
     levels: tuple[float, ...],
     warp: Warp | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Summarise ``log1p(scale * counts)`` under a mixture.
 
     Parameters
@@ -165,7 +165,7 @@ def summarise_mixture(
 
     Returns
     -------
-    Standard deviation ``(B, g)``, and for each level its quantile ``(B, g)``.
+    Mean and standard deviation ``(B, g)``, and for each level its quantile ``(B, g)``.
     """
     shape = (mu.shape[0], mu.shape[2])
     per_pair = scale[:, None].expand(shape).flatten()
@@ -179,7 +179,7 @@ def summarise_mixture(
         for quantile, level in zip(counts, levels, strict=True):
             quantile[at] = torch.where(cdf < level, count + 1.0, quantile[at])
     std = (second - first**2).clamp(min=0).sqrt().view(shape)
-    return std, [torch.log1p(per_pair * q).view(shape) for q in counts]
+    return first.view(shape), std, [torch.log1p(per_pair * q).view(shape) for q in counts]
 
 
 def _walk(

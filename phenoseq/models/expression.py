@@ -17,7 +17,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from phenoseq.errors import DataError
-from phenoseq.models.counts import nb_log_likelihood
+from phenoseq.models.counts import nb_log_likelihood, summarise_mixture
+from phenoseq.models.recalibration import Recalibration
 
 #: Cells with at least this many counts say what the median library is.
 MIN_LIBRARY = 20
@@ -93,6 +94,44 @@ class ExpressionSpace(nn.Module):
         rates = torch.softmax(self.decoder(latent[..., :-1]), dim=-1)
         log_library = self.library[0] + self.library[1] * latent[..., -1]
         return rates, log_library.clamp(self.library[2], self.library[3]).exp()
+
+    def level(self, rates: Tensor) -> Tensor:
+        """Return the predicted level of each gene, ``(B, g)``, of the rates ``(B, K, g)`` of draws.
+
+        Recalibration goes by it: log1p of the counts expected at the median library size.
+        """
+        return torch.log1p(rates.mean(dim=1) * self.config.median_library)
+
+    def measured(
+        self,
+        rates: Tensor,
+        library: Tensor,
+        levels: tuple[float, ...] = (),
+        recalibration: Recalibration | None = None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Summarise the values that a measurement would give, counting noise included.
+
+        A value is log1p of a count scaled to the median library size; the count is drawn from the
+        equal mixture over draws.
+
+        Parameters
+        ----------
+        rates
+            Of the draws, ``(B, K, g)``.
+        library
+            Counts of each cell, ``(B,)``.
+        levels
+            Probabilities of the quantiles wanted.
+        recalibration
+            Applied to the mixture.
+
+        Returns
+        -------
+        Mean and standard deviation ``(B, g)``, and for each level its quantile ``(B, g)``.
+        """
+        warp = None if recalibration is None else recalibration.at(self.level(rates))
+        scale = self.config.median_library / library
+        return summarise_mixture(rates * library[:, None, None], self.theta, scale, levels, warp)
 
     @property
     def theta(self) -> Tensor:

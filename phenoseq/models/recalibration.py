@@ -68,7 +68,7 @@ class Recalibration:
             raise ModelError(f"{where}: recalibration: edges rise, and maps from 0 to 1")
 
     def at(self, level: Tensor) -> Warp:
-        """Return the map of values of these predicted levels (as ``X``), of any shape."""
+        """Return the map of values of these predicted levels, of any shape."""
         edges, shares = (level.new_tensor(values) for values in (self.edges, self.shares))
         return Warp(shares, torch.bucketize(level, edges))
 

@@ -104,10 +104,10 @@ def recalibration_of(
     if not (data.parts.part == "cal").any() or data.n_cells("cal") < LEAST:
         return None
     generator = torch.Generator().manual_seed(seed)
-    median, theta = space.config.median_library, space.theta
+    theta = space.theta
     cells, draws = _CALIBRATION_CELLS, _CALIBRATION_DRAWS
     found: list[tuple[NDArray[np.float32], ...]] = []
-    for counts, rates, _ in _decoded(model, space, data, "cal", cells, draws, seed):
+    for counts, rates, _, _ in _decoded(model, space, data, "cal", cells, draws, seed):
         mu = rates * counts.sum(dim=1)[:, None, None]
         drawn = nb_quantile(torch.rand(counts.shape, generator=generator), mu[:, :1], theta)
         pits = []
@@ -115,7 +115,7 @@ def recalibration_of(
             below, at_most = nb_cdf(some, mu[:, 1:], theta)
             v = torch.rand(below.shape, generator=generator)
             pits.append((below + v * (at_most - below)).numpy())
-        found.append((*pits, torch.log1p(rates.mean(dim=1) * median).numpy()))
+        found.append((*pits, space.level(rates).numpy()))
     true, own, level = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return fit_recalibration(true, own, level) if len(true) >= LEAST else None
 
@@ -131,9 +131,11 @@ def _profiles(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
     """Yield true and predicted expression of validation cells, and the sample each is of."""
     median = space.config.median_library
-    for counts, rates, sample in _decoded(model, space, data, "val", _CELLS, _DRAWS, seed):
+    how = model.config.recalibration
+    for counts, rates, library, sample in _decoded(model, space, data, "val", _CELLS, _DRAWS, seed):
         truth = torch.log1p(counts / counts.sum(dim=1, keepdim=True) * median)
-        yield truth.numpy(), torch.log1p(rates.mean(dim=1) * median).numpy(), sample.numpy()
+        mean = space.measured(rates, library, recalibration=how)[0]
+        yield truth.numpy(), mean.numpy(), sample.numpy()
 
 
 def _decoded(
@@ -144,22 +146,25 @@ def _decoded(
     n_cells: int,
     n_draws: int,
     seed: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield counts ``(n, g)``, drawn rates ``(n, K, g)`` and the sample of cells of a part."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield counts ``(n, g)``, drawn rates ``(n, K, g)``, library size and sample of some cells."""
     generator = torch.Generator().manual_seed(seed)
     for batch in data.fixed(part, n_cells, alone=True):
         counts = batch["counts"]
         noise = torch.randn(len(counts), n_draws, space.config.latent_dim, generator=generator)
-        rates = space.decode(model.generate(_encode(model, batch), noise))[0]
+        rates, libraries = space.decode(model.generate(_encode(model, batch), noise))
+        library = libraries.mean(dim=1)
         rows = batch["rows"]
         sample = batch.get("sample", torch.zeros(len(counts), dtype=torch.long))
         keep = batch.get("keep_rna", torch.ones_like(rows, dtype=torch.bool))
         if counts.ndim == 3:
             each = counts.shape[1]
-            rates, sample = (x.repeat_interleave(each, dim=0) for x in (rates, sample))
+            rates, library, sample = (
+                x.repeat_interleave(each, dim=0) for x in (rates, library, sample)
+            )
             counts, keep = counts.flatten(0, 1), keep.flatten()
         keep = keep & (counts.sum(dim=1) >= MIN_LIBRARY)
-        yield counts[keep], rates[keep], sample[keep]
+        yield counts[keep], rates[keep], library[keep], sample[keep]
 
 
 def _means(values: NDArray[np.float32], sample: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -284,7 +284,7 @@ class PhenoSeqModule(TrainingModule):
         ]
         return flat_drawn(
             _log_share(rna, median),
-            torch.log1p(rates.mean(dim=1) * median),
+            space.measured(rates, library.mean(dim=1))[0],
             _log_share(torch.stack(made, dim=1), median),
             rows,
         )

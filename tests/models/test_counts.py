@@ -100,7 +100,8 @@ def test_a_mean_of_zero_gives_zero_at_every_level():
     mu = torch.zeros(3, 2, 4)
     levels = torch.tensor([1e-6, 0.5, 1 - 1e-7])[:, None].expand(3, 4)
     assert not nb_quantile(levels, mu, torch.ones(4)).any()
-    std, quantiles = summarise(mu, torch.ones(4), torch.ones(3), (0.05, 0.95))
+    mean, std, quantiles = summarise(mu, torch.ones(4), torch.ones(3), (0.05, 0.95))
+    assert not mean.any()
     assert not std.any()
     assert not any(q.any() for q in quantiles)
 
@@ -119,23 +120,26 @@ def test_genes_and_cells_do_not_touch_each_other():
 # --------------------------------------------------------------------------------------- summary
 
 
-def brute_summary(mu: np.ndarray, theta: float, scale: float, levels) -> tuple[float, list[float]]:
+def brute_summary(
+    mu: np.ndarray, theta: float, scale: float, levels
+) -> tuple[float, float, list[float]]:
     pmf = np.mean([scipy_nb(m, theta).pmf(np.arange(6000)) for m in mu], axis=0)
     values = np.log1p(scale * np.arange(6000))
     mean = (pmf * values).sum()
     cdf = np.cumsum(pmf)
     std = np.sqrt((pmf * (values - mean) ** 2).sum())
-    return std, [values[np.argmax(cdf >= level)] for level in levels]
+    return mean, std, [values[np.argmax(cdf >= level)] for level in levels]
 
 
 def test_summary_is_that_of_the_mixture():
     rng = np.random.default_rng(3)
     mu, theta = rng.gamma(0.5, 12, (5, 4, 6)), rng.gamma(2, 3, 6) + 0.2
     scale, levels = rng.gamma(2, 1, 5), (0.05, 0.5, 0.95)
-    std, quantiles = summarise(tensor(mu), tensor(theta), tensor(scale), levels)
+    mean, std, quantiles = summarise(tensor(mu), tensor(theta), tensor(scale), levels)
     for b in range(5):
         for g in range(6):
-            want_std, want = brute_summary(mu[b, :, g], theta[g], scale[b], levels)
+            want_mean, want_std, want = brute_summary(mu[b, :, g], theta[g], scale[b], levels)
+            assert mean[b, g].item() == pytest.approx(want_mean, rel=1e-3, abs=1e-3)
             assert std[b, g].item() == pytest.approx(want_std, rel=5e-3, abs=1e-3)
             assert [q[b, g].item() for q in quantiles] == pytest.approx(want)
 
@@ -145,19 +149,20 @@ def test_summaries_of_genes_and_cells_do_not_touch_each_other():
     rng = np.random.default_rng(5)
     mu, theta = rng.gamma(0.5, 30, (7, 3, 5)), tensor(rng.gamma(2, 2, 5) + 0.1)
     scale = tensor(rng.gamma(2, 1, 7))
-    std, (low, high) = summarise(tensor(mu), theta, scale, (0.05, 0.95))
+    mean, std, (low, high) = summarise(tensor(mu), theta, scale, (0.05, 0.95))
     for b in range(7):
         for g in range(5):
             some = tensor(mu[b : b + 1, :, g : g + 1])
-            alone, quantiles = summarise(some, theta[[g]], scale[[b]], (0.05, 0.95))
+            middle, alone, quantiles = summarise(some, theta[[g]], scale[[b]], (0.05, 0.95))
+            assert middle.item() == pytest.approx(mean[b, g].item(), rel=1e-9)
             assert alone.item() == pytest.approx(std[b, g].item(), rel=1e-9)
             assert [q.item() for q in quantiles] == [low[b, g].item(), high[b, g].item()]
 
 
 def test_spread_of_the_draws_adds_to_counting_noise():
     theta, scale = tensor([1e5]), tensor([1.0])
-    alike, _ = summarise(tensor([[[20.0], [20.0]]]), theta, scale, ())
-    apart, _ = summarise(tensor([[[5.0], [35.0]]]), theta, scale, ())
+    _, alike, _ = summarise(tensor([[[20.0], [20.0]]]), theta, scale, ())
+    _, apart, _ = summarise(tensor([[[5.0], [35.0]]]), theta, scale, ())
     between = np.std(np.log1p([5.0, 35.0]))
     assert alike.item() == pytest.approx(1 / np.sqrt(20), rel=0.05)  # delta method, Poisson
     assert apart.item() > 0.95 * np.hypot(between, alike.item())
@@ -169,8 +174,9 @@ def test_float32_as_the_predictor_uses_it_agrees_with_float64():
     arguments = (tensor(mu), tensor(theta), torch.ones(64).double())
     exact = summarise(*arguments, (0.05, 0.95))
     single = summarise(*(a.float() for a in arguments), (0.05, 0.95))
-    torch.testing.assert_close(single[0].double(), exact[0], atol=2e-3, rtol=1e-3)
-    for a, b in zip(single[1], exact[1], strict=True):
+    for i in (0, 1):
+        torch.testing.assert_close(single[i].double(), exact[i], atol=2e-3, rtol=1e-3)
+    for a, b in zip(single[2], exact[2], strict=True):
         assert (a.double() - b).abs().gt(1e-5).double().mean() < 1e-3
 
 

@@ -104,13 +104,14 @@ def test_quantiles_and_spread_are_those_of_the_draws(width):
     scale = torch.ones(len(total))
     warp = recalibration.at(level(rates))
     mu = rates * total[:, None, None]
-    std, (low, high) = summarise_mixture(mu, THETA, scale, (0.05, 0.95), warp)
+    mean, std, (low, high) = summarise_mixture(mu, THETA, scale, (0.05, 0.95), warp)
     y = torch.log1p(true)
     assert float(((y >= low) & (y <= high)).float().mean()) >= 0.9
     library = total[:, None].expand(-1, DRAWS)
     draws = drawn(rates, library, seed=6)
     draws = redraw(draws, rates, library, THETA, warp, torch.rand(draws.shape))
     values = torch.log1p(draws)
+    torch.testing.assert_close(mean.mean(0), values.mean(dim=(0, 1)), rtol=0.03, atol=0.005)
     want = (values.var(dim=1).mean(0)).sqrt()
     # ranks of draws are measured by a distribution that is like the mixture, and not quite it
     torch.testing.assert_close(std.square().mean(0).sqrt(), want, rtol=0.08, atol=0.01)
@@ -131,8 +132,9 @@ def test_a_calibrated_model_stays_as_it_is():
     same = summarise_mixture(
         rates * total[:, None, None], THETA, total, (0.05, 0.95), IDENTITY.at(level(rates))
     )
-    torch.testing.assert_close(same[0], plain[0], rtol=1e-3, atol=1e-4)
-    for a, b in zip(same[1], plain[1], strict=True):
+    for i in (0, 1):
+        torch.testing.assert_close(same[i], plain[i], rtol=1e-3, atol=1e-4)
+    for a, b in zip(same[2], plain[2], strict=True):
         assert float((a != b).float().mean()) < 1e-3
 
 
@@ -160,7 +162,7 @@ def test_recalibrated_quantiles_and_spread_are_those_by_hand():
         made = nb_quantile(
             torch.full((7, 5), wanted).double(), torch.tensor(mu), torch.tensor(theta), warp
         )
-        std, (same,) = summarise_mixture(
+        mean, std, (same,) = summarise_mixture(
             torch.tensor(mu), torch.tensor(theta), torch.ones(7).double(), (wanted,), warp
         )
         torch.testing.assert_close(same, torch.log1p(made))
@@ -170,6 +172,7 @@ def test_recalibrated_quantiles_and_spread_are_those_by_hand():
             cdf = np.interp(cdf, [0, 0.5, 1], share)
             assert made[b, g] == np.argmax(cdf >= wanted)
             pmf, y = np.diff(cdf, prepend=0), np.log1p(top)
+            assert mean[b, g] == pytest.approx(pmf @ y, abs=5e-3)
             assert std[b, g] == pytest.approx(np.sqrt(pmf @ y**2 - (pmf @ y) ** 2), abs=5e-3)
 
 

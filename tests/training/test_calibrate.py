@@ -63,9 +63,9 @@ def ranks(model, data, part):
     space, pits = model.expression, []
     with torch.inference_mode():
         seen = finalise_module._decoded(model, space, data, part, 10**6, 8, 1)
-        for counts, rates, _ in seen:
+        for counts, rates, *_ in seen:
             below, at_most = nb_cdf(counts, rates * counts.sum(1)[:, None, None], space.theta)
-            level = torch.log1p(rates.mean(1) * space.config.median_library)
+            level = space.level(rates)
             u = below + torch.rand(below.shape) * (at_most - below)
             pits.append(torch.stack([u, model.config.recalibration.at(level)(u)]))
     return torch.cat(pits, dim=1).numpy()
