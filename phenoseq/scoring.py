@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from phenoseq.data.backed import Given
 from phenoseq.data.selection import SelectedStore, split_of_selected
 from phenoseq.data.splits import SplitConfig
 from phenoseq.data.store import Store
-from phenoseq.errors import DataError, ModelError
+from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.evaluation.compare import compare
 from phenoseq.evaluation.page import write_page
 from phenoseq.evaluation.report import MIN_COUNTS, Scores, as_json, markdown
@@ -33,6 +34,7 @@ from phenoseq.inference.writer import write_whole
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.pretrained import Pretrained, read_pretrained
 from phenoseq.progress import bar
 from phenoseq.training.baselines import fit_baselines
 from phenoseq.training.regressor import RegressorConfig, regressor_folder
@@ -53,6 +55,7 @@ def evaluate(
     out: str | Path | None = None,
     regressor: str | Path | None = None,
     epochs: int = 16,
+    encoder_weights: str | Path | None = None,
 ) -> list[Scores]:
     """Score a model and the baselines on a part of a store, by the split it was trained with.
 
@@ -76,6 +79,9 @@ def evaluate(
         store, one for each split and configuration. Training it takes about as long as the model.
     epochs
         Budget of the regressor, passes over the training cells; give it the model's.
+    encoder_weights
+        Pretrained weights that the model's encoder started from, ``hub`` or a file of them, so that
+        the regressor's starts from them too. Without them it starts from none, with a warning.
 
     Returns
     -------
@@ -84,12 +90,14 @@ def evaluate(
     Raises
     ------
     DataError, ModelError
-        Where the store lacks stains or genes, or its split differs from the one trained with.
+        Where the store lacks stains or genes, its split differs from the one trained with, or the
+        pretrained weights are not those of the model's encoder.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="phenoseq-") as some:
             kept: dict[str, Any] = {"part": part, "n_samples": n_samples, "steps": steps}
             kept |= {"seed": seed, "device": device, "regressor": regressor, "epochs": epochs}
+            kept["encoder_weights"] = encoder_weights
             return evaluate(model, store, out=some, **kept)
     name = Path(model).name if isinstance(model, str | Path) else "this model"
     loaded = load_model(model) if isinstance(model, str | Path) else model
@@ -109,6 +117,7 @@ def evaluate(
             f"{store}: divides its cells otherwise than {name} was trained with, so that its "
             "training cells would be scored; prepare the store with the same options"
         )
+    start = _start(loaded, encoder_weights, name)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     rows = split.rows(part)
@@ -129,7 +138,12 @@ def evaluate(
     )
     with bar(f"predicting the {part} part") as progress:
         predict_file(job, folder / _PREDICTION, progress)
-    budget = RegressorConfig(config.encoder, dim=config.denoiser.dim, epochs=epochs)
+    budget = RegressorConfig(
+        config.encoder,
+        dim=config.denoiser.dim,
+        epochs=epochs,
+        encoder_weights={} if start is None else start.origin,
+    )
     kept_in = Path(regressor or regressor_folder(opened, split.digest, budget))
     plan = [
         __version__,
@@ -152,6 +166,7 @@ def evaluate(
             rows,
             regressor=budget,
             folder=kept_in,
+            start=start,
             n_draws=n_samples,
             seed=seed,
             device=device,
@@ -178,6 +193,29 @@ def evaluate(
         name=name,
         facts=facts,
     )
+
+
+def _start(model: PhenoSeq, weights: str | Path | None, name: str) -> Pretrained | None:
+    """Return what the regressor's encoder starts from: the weights of the model's, or none."""
+    config = model.config
+    wanted = config.training.encoder_weights
+    told = wanted.get("file") or wanted.get("name")
+    if weights is None:
+        if wanted:
+            warnings.warn(
+                f"the encoder of {name} started from {told}, and that of the regressor starts from "
+                "none: a weaker baseline. Name these weights with --encoder-weights",
+                PhenoseqWarning,
+                stacklevel=3,
+            )
+        return None
+    found = read_pretrained(config.encoder, config.image.crop_px, weights)
+    if found.origin != wanted:
+        raise ModelError(
+            f"{weights}: is {found.origin}, and the encoder of {name} started from "
+            f"{wanted or 'no pretrained weights'}"
+        )
+    return found
 
 
 def evaluate_tables(

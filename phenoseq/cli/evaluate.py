@@ -27,6 +27,11 @@ def add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--epochs", type=int, default=16, help="of the regressor; the model's own (%(default)s)"
     )
+    evaluate.add_argument(
+        "--encoder-weights",
+        help="pretrained weights that the model's encoder started from, for the regressor's: hub, "
+        "or a file",
+    )
     evaluate.add_argument("-o", "--out", help="folder for metrics, tables and report.html")
     add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate, n_samples=32)
@@ -49,6 +54,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             out=options.out,
             regressor=options.regressor,
             epochs=options.epochs,
+            encoder_weights=options.encoder_weights,
         )
     elif options.truth and options.baselines and options.out and not options.model:
         scores = evaluate_tables(

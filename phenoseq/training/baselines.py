@@ -21,6 +21,7 @@ from phenoseq.data.store import Store
 from phenoseq.errors import DataError
 from phenoseq.evaluation.report import normalised, scored_genes
 from phenoseq.models.phenoseq import PhenoSeq, pool
+from phenoseq.models.pretrained import Pretrained
 from phenoseq.progress import bar
 from phenoseq.training.regressor import (
     RegressorConfig,
@@ -59,6 +60,7 @@ def fit_baselines(
     *,
     regressor: RegressorConfig,
     folder: str | Path,
+    start: Pretrained | None = None,
     n_draws: int = 32,
     seed: int = 0,
     device: str = "auto",
@@ -75,8 +77,8 @@ def fit_baselines(
         The store, its split, and how it was divided.
     rows
         Cells to predict.
-    regressor, folder
-        The regressor that is trained end to end, and where it is kept; see
+    regressor, folder, start
+        The regressor that is trained end to end, where it is kept, and from which weights; see
         :func:`~phenoseq.training.regressor.train_regressor`.
     n_draws
         Draws a cell of those that have a distribution.
@@ -124,7 +126,7 @@ def fit_baselines(
     layers["knn"], facts["neighbours"] = _neighbours(contexts, known, held)
     layers["mlp"], facts["mlp_epochs"] = _mlp(contexts, known, held, seed)
     network, facts["regressor"] = train_regressor(
-        store, how, regressor, folder, median=median, device=device
+        store, how, regressor, folder, median=median, start=start, device=device
     )
     mean, log_library = predict_means(network, store, rows)
     layers["regressor"] = layers["regressor_nb"] = mean

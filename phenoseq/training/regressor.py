@@ -8,9 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -27,6 +27,7 @@ from phenoseq.errors import DataError, ModelError
 from phenoseq.models.encoder import Encoder, EncoderConfig
 from phenoseq.models.files import load_weights, save_folder
 from phenoseq.models.phenoseq import pool
+from phenoseq.models.pretrained import Pretrained
 from phenoseq.training.augment import augment
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.checkpoints import (
@@ -52,20 +53,22 @@ class RegressorConfig:
         As of the model that it is compared with: backbone, and width of its tokens.
     hidden
         Width of the layer between pooled tokens and genes.
-    epochs, batch_size, lr, weight_decay, warmup_steps, ema, precision, seed
+    encoder_weights
+        Pretrained weights that the encoder starts from, as in the model's record; empty for none.
+    epochs, batch_size, lr, weight_decay, warmup_steps, ema, seed
         Of the training, as for ``phenoseq train``.
     """
 
     encoder: EncoderConfig
     dim: int = 128
     hidden: int = 256
+    encoder_weights: dict[str, str] = field(default_factory=dict)
     epochs: int = 16
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup_steps: int = 300
     ema: float = 0.999
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     seed: int = 0
 
 
@@ -110,9 +113,9 @@ class Regressor(nn.Module):
 class _RegressorModule(L.LightningModule):
     """Trains a regressor by squared error, with the same augmentation as the model."""
 
-    def __init__(self, config: RegressorConfig, median: float) -> None:
+    def __init__(self, config: RegressorConfig, median: float, start: Pretrained | None) -> None:
         super().__init__()
-        self.config, self.median = config, median
+        self.config, self.median, self.start = config, median, start
 
     def configure_model(self) -> None:
         """Build the network, and the statistics of the training cells, once."""
@@ -125,6 +128,8 @@ class _RegressorModule(L.LightningModule):
             self.network = Regressor(
                 self.config, len(manifest.channels), manifest.crop_px, len(manifest.genes)
             )
+        if self.start is not None:
+            self.start.put_into(self.network.encoder)
         pixels = data.opened.take(data.some("train", _STATISTICS_CELLS)).astype(np.float32)
         counts = data.opened.counts(data.parts.rows("train"))
         target = self._targets(torch.from_numpy(counts.toarray().astype(np.float32)))
@@ -181,6 +186,7 @@ def train_regressor(
     folder: str | Path,
     *,
     median: float,
+    start: Pretrained | None = None,
     device: str = "auto",
 ) -> tuple[Regressor, dict[str, Any]]:
     """Train a regressor, or take the one that a folder holds already.
@@ -197,6 +203,8 @@ def train_regressor(
         Where it is, or will be.
     median
         Library size to which counts are scaled.
+    start
+        The weights that ``config.encoder_weights`` names.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
 
@@ -238,13 +246,13 @@ def train_regressor(
         return regressor.eval(), facts
     run = root / f"{key}.run"
     last = folder_of(run) / LAST
-    module = _RegressorModule(config, median)
+    module = _RegressorModule(config, median, start)
     trainer = L.Trainer(
         default_root_dir=run,
         max_epochs=config.epochs,
         accelerator="auto" if device == "auto" else device.partition(":")[0],
         devices=1,
-        precision=config.precision,
+        precision="32-true",
         gradient_clip_val=1.0,
         logger=False,
         enable_progress_bar=sys.stderr.isatty(),

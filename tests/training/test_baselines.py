@@ -28,8 +28,7 @@ from phenoseq.training.regressor import CountingNoise, RegressorConfig, fit_nois
 
 HOW = SplitConfig(by="Metadata_Well", block=None)
 BUDGET = RegressorConfig(
-    EncoderConfig("test_resnet"), dim=16, hidden=32, epochs=4, batch_size=32, warmup_steps=5,
-    precision="32-true",
+    EncoderConfig("test_resnet"), dim=16, hidden=32, epochs=4, batch_size=32, warmup_steps=5
 )  # fmt: skip
 
 

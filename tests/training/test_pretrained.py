@@ -20,11 +20,13 @@ import phenoseq
 from phenoseq.cli import main
 from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.data.splits import SplitConfig
-from phenoseq.errors import DataError, ModelError
+from phenoseq.errors import DataError, ModelError, PhenoseqWarning
 from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.phenoseq import PhenoSeq
+from phenoseq.models.pretrained import read_pretrained
 from phenoseq.models.timm_features import load_timm
 from phenoseq.training.build import pretrained_for
+from phenoseq.training.regressor import RegressorConfig, train_regressor
 from phenoseq.training.train import train
 from phenoseq.zoo.cards import make_card
 
@@ -71,6 +73,27 @@ def test_a_frozen_backbone_is_that_of_the_file(arguments, store, file, tmp_path)
     # what comes of it remembers them too
     again = phenoseq.finetune(model, store.path, split=SplitConfig("Metadata_Well", None), epochs=1)
     assert again.config.training.encoder_weights == origin
+
+
+def test_the_regressor_starts_as_the_model_did(arguments, store, file, tmp_path):
+    encoder = EncoderConfig("test_resnet", norm="batch")
+    found = read_pretrained(encoder, store.manifest.crop_px, file)
+    config = RegressorConfig(encoder, epochs=1, lr=0, encoder_weights=found.origin)
+    how = SplitConfig(by="Metadata_Well", block=None)
+    made, _ = train_regressor(store, how, config, tmp_path / "made", median=250.0, start=found)
+    own = made.encoder.backbone.state_dict()["layer1.0.conv1.weight"]
+    torch.testing.assert_close(own, safetensors.torch.load_file(file)["layer1.0.conv1.weight"])
+
+    assert main(["train", *arguments(epochs=1, **{"model.encoder.norm": "batch"})]) == 0
+    with pytest.raises(ModelError, match="started from no pretrained weights"):
+        phenoseq.evaluate(tmp_path / "run/model", store.path, encoder_weights=file)
+    how = {"model.encoder.norm": "batch", "model.encoder_weights": file}
+    how["trainer.default_root_dir"] = tmp_path / "other"
+    assert main(["train", *arguments(epochs=1, **how)]) == 0
+    with pytest.warns(
+        PhenoseqWarning, match=f"started from {file.name}, and that of the regressor"
+    ):
+        phenoseq.evaluate(tmp_path / "other/model", store.path, part="val", n_samples=1, epochs=1)
 
 
 def test_a_run_goes_on_with_the_same_file_alone(arguments, file, tmp_path):
