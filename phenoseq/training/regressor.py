@@ -260,7 +260,7 @@ def train_regressor(
         callbacks=[WarmEMA(config.ema), Checkpoints()],
         plugins=[AtomicCheckpointIO()],
     )
-    start = time.monotonic()
+    began = time.monotonic()
     with resumable():
         trainer.fit(module, datamodule=data, ckpt_path=last if steps_done(last) else None)
     # The mean weights, which Lightning leaves out of the module where all epochs were done before.
@@ -271,7 +271,7 @@ def train_regressor(
         "config": asdict(config),
         "n_cells": len(data.parts.rows("train")),
         "steps": trainer.global_step,
-        "seconds_of_last_run": round(time.monotonic() - start, 1),
+        "seconds_of_last_run": round(time.monotonic() - began, 1),
     }
     save_folder(root, json.dumps(facts, indent=1), regressor.state_dict())
     shutil.rmtree(run)
