@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +42,7 @@ from phenoseq.training.finetunedata import Data
 from phenoseq.training.logs import CsvLogger, LearningCurves
 from phenoseq.training.module import PhenoSeqModule
 from phenoseq.training.settings import keep_settings, same_settings
+from phenoseq.training.trainer import placed, quiet
 
 Freeze = Literal["encoder", "none", "all-but-head"]
 #: Below so many training cells a warning is given.
@@ -215,12 +212,10 @@ def fit(
     keep_settings(root, text)
     last, best = (folder_of(root) / file for file in (LAST, BEST))
     done = steps_done(last)
-    kind, _, number = device.partition(":")
-    with _quiet(), resumable():
+    with quiet(), resumable():
         trainer = L.Trainer(
             max_epochs=epochs,
-            accelerator={"cuda": "gpu"}.get(kind, kind),
-            devices=[int(number)] if number else 1,
+            **placed(device),
             callbacks=[WarmEMA(), Checkpoints(), LearningCurves(), StopEarly()],
             logger=CsvLogger(root, done),
             plugins=[AtomicCheckpointIO()],
@@ -234,20 +229,6 @@ def fit(
     if not best.exists():
         raise ModelError(f"{root}: the validation loss was never a number; set a lower lr")
     module.load_state_dict(torch.load(best, map_location="cpu", weights_only=False)["state_dict"])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Lightning says about devices and loaders to itself."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def adapted(

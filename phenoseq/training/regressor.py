@@ -39,6 +39,7 @@ from phenoseq.training.checkpoints import (
     steps_done,
 )
 from phenoseq.training.optimiser import adamw, decayed_groups
+from phenoseq.training.trainer import placed, quiet
 
 _STATISTICS_CELLS, _BATCH = 4096, 256
 
@@ -247,21 +248,20 @@ def train_regressor(
     run = root / f"{key}.run"
     last = folder_of(run) / LAST
     module = _RegressorModule(config, median, start)
-    trainer = L.Trainer(
-        default_root_dir=run,
-        max_epochs=config.epochs,
-        accelerator="auto" if device == "auto" else device.partition(":")[0],
-        devices=1,
-        precision="32-true",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_progress_bar=sys.stderr.isatty(),
-        enable_model_summary=False,
-        callbacks=[WarmEMA(config.ema), Checkpoints()],
-        plugins=[AtomicCheckpointIO()],
-    )
     began = time.monotonic()
-    with resumable():
+    with quiet(), resumable():
+        trainer = L.Trainer(
+            default_root_dir=run,
+            max_epochs=config.epochs,
+            **placed(device),
+            precision="32-true",
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+            callbacks=[WarmEMA(config.ema), Checkpoints()],
+            plugins=[AtomicCheckpointIO()],
+        )
         trainer.fit(module, datamodule=data, ckpt_path=last if steps_done(last) else None)
     # The mean weights, which Lightning leaves out of the module where all epochs were done before.
     module.load_state_dict(torch.load(last, map_location="cpu", weights_only=False)["state_dict"])
