@@ -17,6 +17,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 import phenoseq
+import phenoseq.training.regressor as regression
 from phenoseq.cli import main
 from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.data.splits import SplitConfig
@@ -42,14 +43,18 @@ def file(tmp_path):
     return path
 
 
-@pytest.fixture
-def study():
-    """Import the script."""
-    path = Path(__file__).parents[2] / "examples" / "embed_study.py"
-    spec = importlib.util.spec_from_file_location("embed_study", path)
+def script(name):
+    """Import an example."""
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def study():
+    return script("embed_study")
 
 
 def test_a_frozen_backbone_is_that_of_the_file(arguments, store, file, tmp_path):
@@ -131,6 +136,21 @@ def test_the_study_of_frozen_features(study, store, tmp_path, monkeypatch):
     assert list(rows["numbers"]) == [25, 480, 96, 480, 96, 320]
     assert rows["pcc_gene"].between(-1, 1).all()
     assert load_timm("test_resnet", ("DNA",), weights=tmp_path / "out/test_resnet.safetensors")
+
+
+def test_the_study_of_encoders(store, file, tmp_path, monkeypatch):
+    study = script("encoder_study")
+    encoder = EncoderConfig("test_resnet", norm="batch")
+    monkeypatch.setattr(study, "ENCODERS", {"a": (encoder, False), "b": (encoder, True)})
+    monkeypatch.setattr(study, "SplitConfig", lambda: SplitConfig("Metadata_Well", None, test=0.2))
+    args = [str(tmp_path / "out"), str(store.path), "--weights", str(file), "--encoders", "a", "b"]
+    study.main(args)
+    rows = pd.read_csv(tmp_path / "out/results.csv")
+    assert list(rows["encoder"]) == ["a", "b"]
+    assert rows["pcc_gene"].between(-1, 1).all()
+    monkeypatch.setattr(regression, "_RegressorModule", None)  # nothing is trained again
+    study.main(args)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out/results.csv"), rows)
 
 
 def test_the_ridge_of_the_study(study):
