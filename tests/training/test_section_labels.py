@@ -21,7 +21,7 @@ from phenoseq.models.load import load_folder
 from phenoseq.training import arms
 from phenoseq.training.train import train
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 FEW = {"trainer.limit_train_batches": 2, "data.max_val": 20, "model.sample_every": 5}
 
 
@@ -44,7 +44,6 @@ def seen(monkeypatch):
         arms._Task, "run", lambda self, arm, size, tests: found.append(self.examples) or
         {"predicted": {part: self.truth(items).tolist() for part, items in tests.items()}},
     )  # fmt: skip
-    monkeypatch.setattr("phenoseq.models.expression._MIN_STEPS", 20)
     return found
 
 
