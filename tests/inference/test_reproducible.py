@@ -60,6 +60,7 @@ def stored(model, store):
     return go(model, store)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_does_not_matter(model, plate, whole, batch_size):
     same(whole, go(model, plate.source, batch_size=batch_size))

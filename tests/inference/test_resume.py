@@ -128,6 +128,7 @@ def finish(process) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("which", "suffix"), list(zip(WHICH, [".zarr", ".h5ad"], strict=True)))
 def test_killed_again_and_again(routes, start, tmp_path, which, suffix):
     """Before any block, in the middle twice, and while the blocks are put together."""
@@ -160,6 +161,7 @@ def test_killed_again_and_again(routes, start, tmp_path, which, suffix):
     assert {path.name for path in tmp_path.iterdir()} == {out.name, whole.name}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", WHICH)
 def test_ranks_share_the_blocks(routes, start, tmp_path, which):
     """Two ranks, killed once, and again when all blocks were made: nobody waits for ever."""

@@ -86,6 +86,7 @@ def losses(root):
 # ----------------------------------------------------------------------------------- what comes out
 
 
+@pytest.mark.long
 def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_path, folder):
     before = digest_of_model(base), [f.read_bytes() for f in sorted(folder.iterdir())]
     out = tmp_path / "new"

@@ -47,6 +47,7 @@ def checkpoint(root):
     return torch.load(root / "checkpoints" / "last.ckpt", weights_only=False)
 
 
+@pytest.mark.long
 @quiet
 def test_batches_in_pieces_train_alike(arguments, tmp_path, capsys, monkeypatch):
     """Memory runs short in mid-epoch; the run goes on from the checkpoint of step 4.

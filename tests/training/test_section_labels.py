@@ -78,6 +78,7 @@ def test_labels_of_a_store(store, arguments, tmp_path, seen, capsys):
     assert not (synthetic == examples.modalities["shuffled"].take(every).numpy()).all()
 
 
+@pytest.mark.long
 def test_models_of_samples(store, arguments, tmp_path, seen, capsys):
     """A model that knows blocks and labels of cells, and not which RNA is of which."""
     plate = simulate_plate(seed=4, wells_per_treatment=6, sites_per_well=1, cells_per_site=25)

@@ -31,6 +31,7 @@ def losses(root, name="val_loss"):
     return pd.read_csv(root / "metrics.csv")[name].dropna().to_numpy()
 
 
+@pytest.mark.long
 @quiet
 def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypatch):
     assert main(["train", *arguments(epochs=8, **{"model.lr": 4e-3, "ema": 0.9})]) == 0
