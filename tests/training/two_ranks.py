@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.splits import SplitConfig
-from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models import expression
+from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.encoder import EncoderConfig
 from phenoseq.training import finalise
 from phenoseq.training.callbacks import WarmEMA
