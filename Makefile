@@ -1,13 +1,14 @@
 # Each target makes its own environment in .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
-# A Python 3.12 beside it, also one that pyenv keeps from the PATH; empty where there is none.
+# A Python 3.12 for `make test-lowest`, also one that pyenv keeps from the PATH; empty where there is none.
 PYTHON312 ?= $(firstword $(shell python3.12 -c 'import sys; print(sys.executable)' 2> /dev/null) \
   $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12))
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS := -n 2 --dist worksteal
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-slow test-lowest test-3.12 lint bench docs cards dist clean
+.PHONY: demo test test-slow test-lowest lint bench docs cards dist clean
 
 $(VENV)/.made: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "phenoseq needs Python 3.11 or newer")'
@@ -23,35 +24,21 @@ demo: $(VENV)/.made       ## simulate a plate, predict its expression, draw demo
 test test-slow: export OMP_NUM_THREADS = 1  # two processes share the cores
 
 test: $(VENV)/.made       ## the test suite, without what takes minutes
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-slow: $(VENV)/.made  ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(WORKERS)
 
-# Demo and tests of the wheel, not of the checkout, in a new environment.
-# $(1): its folder; $(2): interpreter; $(3): more options of pip
-define try-wheel
-	$(2) -m venv --clear $(1)
-	$(1)/bin/pip install --quiet --upgrade pip
-	$(1)/bin/pip install --quiet torch torchvision
-	$(1)/bin/pip install --quiet $(3) "$$(ls dist/*.whl)[test]"
-	$(1)/bin/python examples/demo.py demo
-	$(1)/bin/python -m pytest -m "not slow" -n 2
-endef
-test-lowest test-3.12: export OMP_NUM_THREADS = 1
-test-lowest test-3.12: export PYTHONSAFEPATH = 1
-
+# The wheel is tried, not the checkout, in an environment of its own, on the other Python if there is one.
+test-lowest: export OMP_NUM_THREADS = 1
+test-lowest: export PYTHONSAFEPATH = 1
 test-lowest: dist         ## demo and tests from the wheel, on the lowest declared versions (torch: newest)
 	$(BIN)/python tests/release/lowest.py pyproject.toml > dist/lowest.txt
-	$(call try-wheel,$(VENV)-lowest,$(PYTHON),--constraint dist/lowest.txt)
-
-ifeq ($(PYTHON312),)
-test-3.12:                ## the same on Python 3.12 and the newest versions, where it is on the machine
-	@echo "test-3.12 is skipped: no Python 3.12 on this machine; PYTHON312=... names one"
-else
-test-3.12: dist
-	$(call try-wheel,$(VENV)-3.12,$(PYTHON312))
-endif
+	$(or $(PYTHON312),$(PYTHON)) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet --upgrade pip
+	$(VENV)-lowest/bin/pip install --quiet --constraint dist/lowest.txt "$$(ls dist/*.whl)[test]"
+	$(VENV)-lowest/bin/python examples/demo.py demo
+	$(VENV)-lowest/bin/python -m pytest -m "not slow and not long" $(WORKERS)
 
 dist: $(VENV)/.made       ## source distribution and wheel, into dist/
 	rm -rf dist
@@ -75,4 +62,4 @@ cards: $(VENV)/.made      ## the measured tables, into README and cards
 	$(BIN)/python -m phenoseq.zoo.cards README.md model_cards/*.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-3.12 docs/_build demo dist
+	rm -rf $(VENV) $(VENV)-lowest docs/_build demo dist

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import h5py
@@ -44,6 +46,28 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("shared data absent: the tests of real data need ../shared/data")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def fork() -> Iterator[Callable[..., BaseProcess]]:
+    """Give a function that runs code, with some names, in a process of its own.
+
+    It is forked from one that has imported the package, which takes longer than most tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["phenoseq.api", "phenoseq.training.train"])
+    running = []
+
+    def start(code: str, **names: object) -> BaseProcess:
+        process = context.Process(target=exec, args=(code, names))
+        process.start()
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.join()
 
 
 # --------------------------------------------------------------------------- Xenium output folders

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,13 @@ class CellStream(EpochStream):
         return np.array_split(np.concatenate(shards), readers)[number * self.world + self.rank]
 
 
+def _server() -> BaseContext:
+    """Return what starts readers: a process that has imported this module once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 class BatchLoader(DataLoader[Item]):
     """Loads the batches of a stream, over processes in memory that is used again.
 
@@ -228,7 +237,7 @@ class BatchLoader(DataLoader[Item]):
             stream,
             batch_size=None,
             num_workers=num_workers,
-            multiprocessing_context="spawn" if num_workers else None,
+            multiprocessing_context=_server() if num_workers else None,
             prefetch_factor=_AHEAD if num_workers else None,
         )
 

@@ -60,7 +60,7 @@ def streamed(store: Store) -> float:
     """Cells a second, shuffled, from one worker while it runs.
 
     Timed from the first batch of the second window to the first batch of the last one, so that as
-    many cells are decoded as are given. The start of the worker and its end, some seconds an epoch,
+    many cells are decoded as are given. The start of the worker and its end, some seconds,
     are not in it.
     """
     stream = CellStream(store.path, np.arange(len(store)), batch_size=BATCH, shuffle=True)

@@ -203,6 +203,7 @@ def test_manifest(tmp_path, features, rna):
     assert manifest.identity == replace(manifest).identity
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_rows(tmp_path, write, monkeypatch):
     """Features of several times the budget pass through it."""
     rng = np.random.default_rng(0)

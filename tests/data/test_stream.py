@@ -259,6 +259,7 @@ def test_setup_of_what_is_no_store(tmp_path):
         StoreDataModule(tmp_path / "nowhere.zarr").setup()
 
 
+@pytest.mark.usefixtures("fork")
 def test_two_worker_processes_give_the_same_cells(store):
     alone, both = module(store), module(store, num_workers=2)
     val = list(both.val_dataloader())
@@ -272,6 +273,7 @@ def test_two_worker_processes_give_the_same_cells(store):
     assert sorted(flat(both.train_dataloader())) == both.parts.rows("train").tolist()
 
 
+@pytest.mark.usefixtures("fork")  # for the preloaded server
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_goes_on_where_its_state_was_taken(store, workers):
     whole = module(store, num_workers=workers).train_dataloader()

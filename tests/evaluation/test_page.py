@@ -101,6 +101,7 @@ def test_packed_values_come_back():
 # ------------------------------------------------------------------------------------- in a browser
 
 
+@pytest.mark.long
 def test_in_a_browser(browse, report):
     """One visit, since starting a browser takes longest."""
 

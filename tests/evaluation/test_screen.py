@@ -268,6 +268,7 @@ def test_a_large_screen_makes_a_small_page(tmp_path):
     assert (tmp_path / "screen.html").stat().st_size < 10_000_000
 
 
+@pytest.mark.long
 def test_the_page_in_a_browser(written, browse):
     result, path = written
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -64,6 +60,7 @@ def stored(model, store):
     return go(model, store)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_does_not_matter(model, plate, whole, batch_size):
     same(whole, go(model, plate.source, batch_size=batch_size))
@@ -113,35 +110,29 @@ def test_rows_of_a_store(model, store, stored):
 
 
 PART = """
-import sys
 import numpy as np
 from phenoseq import Store, load_model
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import image_job
 from phenoseq.inference.table import predict_table
 
-store, model, part, out = sys.argv[1:]
 store, model = Store(store), load_model(model)
-inputs = open_inputs(store, model.config.image, rows=np.arange(int(part), len(store), 2))
+inputs = open_inputs(store, model.config.image, rows=np.arange(part, len(store), 2))
 job = image_job(model, inputs, n_samples=4, seed=11, keep_draws=True, batch_size=16, device="cpu")
 predict_table(job).write_h5ad(out)
 """
 
 
-def test_two_processes_give_what_one_gives(model_folder, store, stored, tmp_path):
+def test_two_processes_give_what_one_gives(fork, model_folder, store, stored, tmp_path):
     """Every other cell each, from the saved model."""
     outs = [tmp_path / f"part{i}.h5ad" for i in range(2)]
-    environment = os.environ | {"PYTHONPATH": str(Path(phenoseq.__file__).parents[1])}
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PART, str(store.path), str(model_folder), str(i), str(out)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
+        fork(PART, store=store.path, model=model_folder, part=i, out=out)
         for i, out in enumerate(outs)
-    ]  # fmt: skip
+    ]
     for process in running:
-        _, error = process.communicate(timeout=600)
-        assert process.returncode == 0, error
+        process.join(timeout=600)
+        assert process.exitcode == 0
     parts = [ad.read_h5ad(out) for out in outs]
     assert [p.n_obs for p in parts] == [(len(store) + 1) // 2, len(store) // 2]
     assert not set(parts[0].obs_names) & set(parts[1].obs_names)

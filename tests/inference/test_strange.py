@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import phenoseq
@@ -20,6 +21,7 @@ ood = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ood)
 
 
+@pytest.mark.long
 def test_what_is_grossly_wrong_is_told_from_held_out_tissue(shared_data):
     """With the pixels of training cells of eight blocks, and the contexts that the model knows."""
     model = phenoseq.load_model("xenium-pancreas")
@@ -40,12 +42,12 @@ def test_what_is_grossly_wrong_is_told_from_held_out_tissue(shared_data):
         each = [replace(source, obs=source.obs[block].iloc[:n]) for block in blocks]
         return np.concatenate([ood.crops_of(some, image, same) for some in each])
 
-    known = torch.from_numpy(tissue("train", 8, 100))
+    known = torch.from_numpy(tissue("train", 8, 50))
     model.with_appearance(Appearance.fit(model.pixels(known)))
-    held_out = tissue("val", 3, 50)
+    held_out = tissue("val", 3, 30)
     kinds = {k: v for k, v in ood.altered(held_out).items() if k in ood.GROSS}
     kinds["MERSCOPE"] = ood.crops_of(open_source(shared_data / "merscope"), image, ood.MERSCOPE)[
-        :150
+        :90
     ]
     kinds["Cell Painting"] = ood.painting(shared_data / "cell_painting" / "pediatric", image)
     assert set(kinds) == set(ood.GROSS)

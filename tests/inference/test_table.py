@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import anndata as ad
@@ -185,29 +182,33 @@ def test_an_old_table_stays_until_the_new_is_whole(tmp_path, suffix, monkeypatch
 
 
 RUN = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from pathlib import Path
+import os, sys, time
+os.environ.update(environment)
+sys.path.insert(0, tests)
 from test_table import make_job, predict_file
-predict_file(make_job(pause=lambda start: time.sleep({pause})), Path(sys.argv[1]))
+predict_file(make_job(pause=lambda start: time.sleep(pause)), out)
 """
 
 
-def start(out: Path, pause: float, **env: str) -> subprocess.Popen:
-    code = RUN.format(tests=str(Path(__file__).parent), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code, str(out)], env={**os.environ, **env})
+@pytest.fixture
+def start(fork):
+    def start(out: Path, pause: float, **environment: str) -> BaseProcess:
+        tests = str(Path(__file__).parent)
+        return fork(RUN, tests=tests, out=out, pause=pause, environment=environment)
+
+    return start
 
 
 @pytest.mark.parametrize("blocks", [0, 2, 5])
-def test_killed_at_any_moment(tmp_path, blocks):
+def test_killed_at_any_moment(start, tmp_path, blocks):
     out = tmp_path / "o.h5ad"
     run = start(out, 0.1)
     folder, since = tmp_path / ".o.h5ad.blocks", time.monotonic()
     while len(list(folder.glob("0*"))) < blocks or not folder.exists():
         assert time.monotonic() - since < 60
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.join()
     computed: list[int] = []
     before = predict_file(make_job(computed=computed), out)
     assert before >= blocks * BLOCK
@@ -216,9 +217,11 @@ def test_killed_at_any_moment(tmp_path, blocks):
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_several_ranks_make_one_file_in_the_order_of_the_rows(tmp_path):
+def test_several_ranks_make_one_file_in_the_order_of_the_rows(start, tmp_path):
     out = tmp_path / "o.h5ad"
     runs = [start(out, 0.01, RANK=str(rank), WORLD_SIZE="3") for rank in range(3)]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
+    for run in runs:
+        run.join(timeout=120)
+        assert run.exitcode == 0
     assert_same(read(out), predict_table(make_job()))
     assert [path.name for path in tmp_path.iterdir()] == [out.name]

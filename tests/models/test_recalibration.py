@@ -17,6 +17,8 @@ from phenoseq.models.counts import matching_nb, nb_cdf, nb_quantile, redraw, sum
 from phenoseq.models.load import load_folder
 from phenoseq.models.recalibration import EDGES, STEPS, Recalibration, fit_recalibration
 
+pytestmark = pytest.mark.long
+
 GENES, DRAWS, MEDIAN = 8, 16, 50.0
 RIGHT = 0.5
 #: As good as Poisson.

@@ -17,9 +17,11 @@ from phenoseq.data.storewriter import write_store
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Draw no learning curves, which take a third of a small run; test_logs.py does."""
+def no_pictures(monkeypatch):
+    """Draw no learning curves and samples, half of a small run; test_logs.py and others do."""
     monkeypatch.setattr("phenoseq.training.logs.draw_curves", lambda root: None)
+    for name in ("draw_samples", "log_figure"):
+        monkeypatch.setattr(f"phenoseq.training.figures.{name}", lambda *_: None)
 
 
 @pytest.fixture

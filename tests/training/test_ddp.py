@@ -77,6 +77,7 @@ def launch(store, tmp_path):
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_train_like_one(store, script, launch, tmp_path):
     """One launch for all of it, since two processes take seconds to start."""

@@ -25,6 +25,11 @@ SMALL = {
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 
 
+@pytest.fixture
+def no_pictures():
+    """Draw them, here."""
+
+
 def arguments(config, store, root, **more):
     settings = {
         "data.store": store.path,

@@ -36,7 +36,7 @@ from phenoseq.training.finetune import FinetuneModule
 from phenoseq.training.finetunedata import open_data
 from phenoseq.training.module import PhenoSeqModule
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 SPLIT = SplitConfig(by="Metadata_Well", block=None, test=0.2)
 
 
@@ -86,6 +86,7 @@ def losses(root):
 # ----------------------------------------------------------------------------------- what comes out
 
 
+@pytest.mark.long
 def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_path, folder):
     before = digest_of_model(base), [f.read_bytes() for f in sorted(folder.iterdir())]
     out = tmp_path / "new"
@@ -398,30 +399,31 @@ def test_one_cached_level_has_the_loss_of_several_on_average(base, store):
 
 # ------------------------------------------------------------------------------------- kill, resume
 
+#: As `tuned` does, in a process that kills itself in the second epoch.
 _RUN = """
-import sys, phenoseq, warnings
-warnings.simplefilter("ignore")
-from phenoseq.data.splits import SplitConfig
+import os, signal
+import phenoseq
+from phenoseq.training import finalise
 from phenoseq.training.finetune import FinetuneModule
+
+finalise._CELLS = 64
 step = FinetuneModule.training_step
-def slow(self, batch, batch_idx):
-    print(self.current_epoch, batch_idx, flush=True)
+
+def killed(self, batch, batch_idx):
+    if (self.current_epoch, batch_idx) == (1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
-FinetuneModule.training_step = slow
-phenoseq.finetune(sys.argv[1], sys.argv[2], out=sys.argv[3], epochs=2, device="cpu",
-                  split=SplitConfig(by="Metadata_Well", block=None, test=0.2))
+
+FinetuneModule.training_step = killed
+phenoseq.finetune(base, store, out=out, epochs=2, device="cpu", split=split)
 """
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store, tmp_path):
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(base, folder, store, fork, tmp_path):
     tuned(folder, store, tmp_path / "whole")
-    args = [sys.executable, "-c", _RUN, str(folder), str(store.path), str(tmp_path / "killed")]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.split() == ["1", "3"]:
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    process = fork(_RUN, base=folder, store=store.path, out=tmp_path / "killed", split=SPLIT)
+    process.join(timeout=240)
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / "killed.run" / "tokens").exists()
     tuned(folder, store, tmp_path / "killed")

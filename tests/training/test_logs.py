@@ -15,7 +15,7 @@ EACH = {"trainer.log_every_n_steps": 1}
 
 
 @pytest.fixture
-def no_curves():
+def no_pictures():
     """Draw them, here."""
 
 

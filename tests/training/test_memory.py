@@ -47,14 +47,23 @@ def checkpoint(root):
     return torch.load(root / "checkpoints" / "last.ckpt", weights_only=False)
 
 
+@pytest.mark.long
 @quiet
 def test_batches_in_pieces_train_alike(arguments, tmp_path, capsys, monkeypatch):
-    """Memory runs short in mid-epoch; the run goes on from the checkpoint of step 4."""
+    """Memory runs short in mid-epoch; the run goes on from the checkpoint of step 4.
+
+    Not with Adam, which makes whole steps of the rounding of small gradients.
+    """
+    monkeypatch.setattr(
+        PhenoSeqModule,
+        "configure_optimizers",
+        lambda self: torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9),
+    )
     monkeypatch.setattr(PhenoSeqModule, "training_loss", noise_of_a_cell)
-    train(arguments("whole", epochs=2))
+    train(arguments("whole", epochs=1))
     assert "out of memory" not in capsys.readouterr().out
     monkeypatch.setattr(PhenoSeqModule, "training_loss", only(16, since=6))
-    train(arguments("pieces", epochs=2, **{"checkpoint.steps": 4}))
+    train(arguments("pieces", epochs=1, **{"checkpoint.steps": 4}))
     said = capsys.readouterr().out
     assert said.count("out of memory: each batch of 32 is computed in 2 pieces of about 16") == 1
     assert json.loads((tmp_path / "pieces/checkpoints/memory.json").read_text())["pieces"] == 2
@@ -62,7 +71,7 @@ def test_batches_in_pieces_train_alike(arguments, tmp_path, capsys, monkeypatch)
     assert pieces["global_step"] == whole["global_step"]
     assert pieces["StoreDataModule"] == whole["StoreDataModule"]
     for name, tensor in whole["state_dict"].items():
-        torch.testing.assert_close(pieces["state_dict"][name], tensor, rtol=1e-3, atol=5e-4)
+        torch.testing.assert_close(pieces["state_dict"][name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @quiet

@@ -21,7 +21,7 @@ from phenoseq.models.load import load_folder
 from phenoseq.training import arms
 from phenoseq.training.train import train
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick")]
 FEW = {"trainer.limit_train_batches": 2, "data.max_val": 20, "model.sample_every": 5}
 
 
@@ -44,7 +44,6 @@ def seen(monkeypatch):
         arms._Task, "run", lambda self, arm, size, tests: found.append(self.examples) or
         {"predicted": {part: self.truth(items).tolist() for part, items in tests.items()}},
     )  # fmt: skip
-    monkeypatch.setattr("phenoseq.models.expression._MIN_STEPS", 20)
     return found
 
 
@@ -79,6 +78,7 @@ def test_labels_of_a_store(store, arguments, tmp_path, seen, capsys):
     assert not (synthetic == examples.modalities["shuffled"].take(every).numpy()).all()
 
 
+@pytest.mark.long
 def test_models_of_samples(store, arguments, tmp_path, seen, capsys):
     """A model that knows blocks and labels of cells, and not which RNA is of which."""
     plate = simulate_plate(seed=4, wells_per_treatment=6, sites_per_well=1, cells_per_site=25)

@@ -31,9 +31,10 @@ def losses(root, name="val_loss"):
     return pd.read_csv(root / "metrics.csv")[name].dropna().to_numpy()
 
 
+@pytest.mark.long
 @quiet
 def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypatch):
-    assert main(["train", *arguments(epochs=12, **{"model.lr": 3e-3, "ema": 0.9})]) == 0
+    assert main(["train", *arguments(epochs=8, **{"model.lr": 4e-3, "ema": 0.9})]) == 0
     assert "phenoseq evaluate --model" in capsys.readouterr().out
     root = tmp_path / "run"
     assert sorted(p.name for p in (root / "model").iterdir()) == [
@@ -41,7 +42,7 @@ def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypat
         "model.safetensors",
     ]
     seen = losses(root)
-    assert len(seen) == 12
+    assert len(seen) == 8
     assert seen[-1] < 0.95 * seen[0]
 
     model = phenoseq.load_model(root / "model")
@@ -74,6 +75,7 @@ def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypat
 
 
 @quiet
+@pytest.mark.usefixtures("quick")
 def test_a_run_that_was_stopped_goes_on(arguments, tmp_path, weights, monkeypatch, capsys):
     train(arguments("whole"))
     step = PhenoSeqModule.training_step

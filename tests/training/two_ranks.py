@@ -17,8 +17,10 @@ from lightning.pytorch.callbacks import Callback
 
 from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.splits import SplitConfig
+from phenoseq.models import expression
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.encoder import EncoderConfig
+from phenoseq.training import finalise
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.checkpoints import AtomicCheckpointIO
 from phenoseq.training.module import PhenoSeqModule
@@ -151,6 +153,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def main() -> None:
+    expression._MIN_STEPS, finalise._CELLS = 20, 64  # as the fixture `quick`
     how, store, folder, *arguments = sys.argv[1:]
     out = Path(folder)
     (out / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from phenoseq.errors import ModelError
 from phenoseq.models.load import load_folder, read_any_config
 
+pytestmark = pytest.mark.long
+
 spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).with_name("fuzz.py"))
 fuzz = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fuzz)

@@ -149,6 +149,10 @@ def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(document))
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of 5, a client that asks for many chunks at once waits for a second
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args) -> None:
         self.server.paths.append((self.command, self.path))
@@ -157,7 +161,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path) -> Iterator[ThreadingHTTPServer]:
     """Serve ``tmp_path`` on 127.0.0.1; the server has ``url`` and ``paths``, the requests seen."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
+    server = _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
     server.paths, server.daemon_threads = [], True
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

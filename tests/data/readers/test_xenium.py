@@ -482,6 +482,7 @@ def test_identity_changes_with_what_it_covers(xenium_folder, rewrite_cells, rewr
 # ------------------------------------------------------------------------------------ real data
 
 
+@pytest.mark.long
 def test_real_section(shared_data):
     folder = shared_data / "xenium_pancreas"
     if not folder.is_dir():
