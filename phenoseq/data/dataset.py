@@ -211,6 +211,8 @@ class CellStream(EpochStream):
 
 def _server() -> BaseContext:
     """Return what starts readers: a process that has imported this module once for all of them."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # as on Windows
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
