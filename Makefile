@@ -59,7 +59,7 @@ docs: $(VENV)/.made       ## the documentation, into docs/_build
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
 cards: $(VENV)/.made      ## the measured tables, into README and cards
-	$(BIN)/python -m phenoseq.zoo.cards README.md model_cards/*.md
+	$(BIN)/python -m phenoseq.zoo.cards README.md docs/model.md model_cards/*.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest docs/_build demo dist
