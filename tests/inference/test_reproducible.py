@@ -18,7 +18,7 @@ CLOSE = 2e-5
 """Largest difference of latents and scores, in units of about 1: float32's last bits."""
 
 CLOSE_SUMMARY = 5e-4
-"""The same of means and standard deviations: a last bit may move the cut of a tail of 1e-4 by one count."""
+"""The same of means and standard deviations: a last bit may move the cut of a tail by one count."""
 
 DRAWS = [f"draw_{k}" for k in range(4)]
 
