@@ -83,9 +83,7 @@ def score(
     train = store.counts(split.rows("train"))
     median = float(np.median(np.asarray(train.sum(axis=1))))
     start = None if weights is None else read_pretrained(encoder, store.manifest.crop_px, weights)
-    config = RegressorConfig(
-        encoder, epochs=epochs, encoder_weights={} if start is None else start.origin
-    )
+    config = RegressorConfig(encoder, epochs=epochs, warmup_steps=50, ema=0.99)  # of few steps
     words = (store.path.stem, encoder.backbone, encoder.channel_mode, encoder.norm)
     folder = out / "-".join([*words, "scratch" if start is None else "start", str(epochs)])
     network, facts = train_regressor(store, how, config, folder, median=median, start=start)

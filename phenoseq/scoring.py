@@ -54,7 +54,7 @@ def evaluate(
     device: str = "auto",
     out: str | Path | None = None,
     regressor: str | Path | None = None,
-    epochs: int = 16,
+    epochs: int = 10,
     encoder_weights: str | Path | None = None,
 ) -> list[Scores]:
     """Score a model and the baselines on a part of a store, by the split it was trained with.
@@ -138,13 +138,8 @@ def evaluate(
     )
     with bar(f"predicting the {part} part") as progress:
         predict_file(job, folder / _PREDICTION, progress)
-    budget = RegressorConfig(
-        config.encoder,
-        dim=config.denoiser.dim,
-        epochs=epochs,
-        encoder_weights={} if start is None else start.origin,
-    )
-    kept_in = Path(regressor or regressor_folder(opened, split.digest, budget))
+    budget = RegressorConfig(config.encoder, dim=config.denoiser.dim, epochs=epochs)
+    kept_in = Path(regressor or regressor_folder(opened, split.digest, budget, start))
     plan = [
         __version__,
         digest_of_model(loaded),
@@ -152,6 +147,7 @@ def evaluate(
         split.digest,
         truth.obs_names.tolist(),
         asdict(budget),
+        start.origin if start is not None else None,
         str(regressor),
         n_samples,
         seed,

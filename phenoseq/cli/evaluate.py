@@ -25,7 +25,7 @@ def add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("--split", default="test", help="test, cal, val, test_NAME (%(default)s)")
     evaluate.add_argument("--regressor", help="folder of the end-to-end regressor, made if need be")
     evaluate.add_argument(
-        "--epochs", type=int, default=16, help="of the regressor; the model's own (%(default)s)"
+        "--epochs", type=int, default=10, help="of the regressor; the model's own (%(default)s)"
     )
     evaluate.add_argument(
         "--encoder-weights",

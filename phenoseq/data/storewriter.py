@@ -182,12 +182,12 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise DataError(f"{path}: exists already; remove it, or use --overwrite")
 
 
-def write_element(group: zarr.Group, name: str, element: Any) -> None:
-    """Write an AnnData or data frame into a store."""
+def write_element(group: Any, name: str, element: Any, **how: Any) -> None:
+    """Write an AnnData or a part of one into a group of Zarr or HDF5; ``how`` as for anndata."""
     with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autosharding")
         parent, _, key = name.rpartition("/")  # no path is a key to anndata 0.13
-        ad.io.write_elem(group[parent] if parent else group, key, element)
+        ad.io.write_elem(group[parent] if parent else group, key, element, **how)
 
 
 def write_crops(

@@ -86,7 +86,7 @@ def write_page(
         "map": _places(truth, cells),
         "gallery": [] if store is None else _gallery(truth, model, results[0], names, store),
     }
-    write_html(path, "page.html", f"{facts.get('model', model.name)}: evaluation", data)
+    write_html(path, "page", f"{facts.get('model', model.name)}: evaluation", data)
 
 
 def _shown_genes(truth: Truth) -> Rows:

@@ -46,7 +46,7 @@ def write_screen_page(path: Path, screen: Screen) -> None:
         "similarity": _similarity(first),
         "wells": _wells(screen.wells, stated["treatment"]),
     }
-    write_html(path, "screen.html", f"Screen of {stated['treatment']}", data)
+    write_html(path, "screen", f"Screen of {stated['treatment']}", data)
 
 
 def _genes(changes: ad.AnnData) -> list[list[list[Any]]]:

@@ -25,6 +25,7 @@ import zarr
 from numpy.typing import NDArray
 from scipy import sparse
 
+from phenoseq.data.storewriter import write_element
 from phenoseq.disk import room_for
 from phenoseq.inference.job import Field, Job, Left, Part, Rows, Values, assemble
 from phenoseq.inference.writer import put_in_place
@@ -217,9 +218,7 @@ def _make(group: Any, field: Field, n: int) -> None:
     hdf5 = {"compression": "lzf"} if isinstance(group, h5py.File) else {}
     if field.sparse:
         none = sparse.csr_matrix((0, field.width), dtype=field.dtype)
-        parent, _, name = field.name.rpartition("/")  # no path is a key to anndata 0.13
-        how = {"chunks": _CHUNK, **hdf5}
-        ad.io.write_elem(group[parent] if parent else group, name, none, dataset_kwargs=how)
+        write_element(group, field.name, none, dataset_kwargs={"chunks": _CHUNK, **hdf5})
         return
     make = group.create_dataset if hdf5 else group.create_array
     chunks = (min(_AT_ONCE, n), field.width)

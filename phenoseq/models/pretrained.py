@@ -14,7 +14,7 @@ from phenoseq.models.timm_features import about_weights, load_network
 
 #: In place of a file: the weights that timm knows, from the Hugging Face hub or its cache.
 HUB = "hub"
-_SETTING = "model.encoder_weights"
+_SETTING = "encoder_weights"
 _COLOURS = 3
 
 
@@ -85,7 +85,7 @@ def read_pretrained(config: EncoderConfig, side: int, weights: str | Path) -> Pr
     if config.norm == "group" and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
         raise ModelError(
             f"{config.backbone}: its weights were trained with batch norms, and are worth little "
-            "with the group norms that replace them; set model.encoder.norm: batch, or leave out "
+            "with the group norms that replace them; set the encoder's norm to batch, or leave out "
             f"{_SETTING}"
         )
     network.reset_classifier(0)  # type: ignore[operator]

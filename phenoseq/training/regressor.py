@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,6 @@ class RegressorConfig:
         As of the model that it is compared with: backbone, and width of its tokens.
     hidden
         Width of the layer between pooled tokens and genes.
-    encoder_weights
-        Pretrained weights that the encoder starts from, as in the model's record; empty for none.
     epochs, batch_size, lr, weight_decay, warmup_steps, ema, seed
         Of the training, as for ``phenoseq train``.
     """
@@ -63,8 +61,7 @@ class RegressorConfig:
     encoder: EncoderConfig
     dim: int = 128
     hidden: int = 256
-    encoder_weights: dict[str, str] = field(default_factory=dict)
-    epochs: int = 16
+    epochs: int = 10
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -167,17 +164,24 @@ class _RegressorModule(L.LightningModule):
         return torch.cat([torch.log1p(counts / total * self.median), total.log()], dim=1)
 
 
-def regressor_folder(store: Store, split_digest: str, config: RegressorConfig) -> Path:
-    """Return where the regressor of a store, split and configuration is kept, beside the store."""
-    return store.path.parent / f"{store.path.stem}-regressors" / _key(store, split_digest, config)
+def regressor_folder(
+    store: Store, split_digest: str, config: RegressorConfig, start: Pretrained | None = None
+) -> Path:
+    """Return where a regressor is kept, beside the store that it is trained on."""
+    key = _key(store, split_digest, config, start)
+    return store.path.parent / f"{store.path.stem}-regressors" / key
 
 
-def _key(store: Store, split_digest: str, config: RegressorConfig) -> str:
-    facts = [store.manifest.identity, split_digest, asdict(config)]
+def _key(store: Store, split_digest: str, config: RegressorConfig, start: Pretrained | None) -> str:
+    facts = [store.manifest.identity, split_digest, asdict(config), _origin(start)]
     if isinstance(store, SelectedStore):
         read, full = ([m.channels, m.genes] for m in (store.manifest, store.full))
         facts += read if read != full else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _origin(start: Pretrained | None) -> dict[str, str]:
+    return {} if start is None else start.origin
 
 
 def train_regressor(
@@ -205,7 +209,7 @@ def train_regressor(
     median
         Library size to which counts are scaled.
     start
-        The weights that ``config.encoder_weights`` names.
+        Pretrained weights that the encoder starts from; None for none.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
 
@@ -232,7 +236,7 @@ def train_regressor(
         genes=manifest.genes,
     )
     data.setup()
-    key = _key(store, data.parts.digest, config)
+    key = _key(store, data.parts.digest, config, start)
     record = root / "config.json"
     if record.exists():
         facts: dict[str, Any] = json.loads(record.read_text())
@@ -269,6 +273,7 @@ def train_regressor(
     facts = {
         "key": key,
         "config": asdict(config),
+        "encoder_weights": _origin(start),
         "n_cells": len(data.parts.rows("train")),
         "steps": trainer.global_step,
         "seconds_of_last_run": round(time.monotonic() - began, 1),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import anndata as ad
 import pytest
@@ -66,17 +68,22 @@ def arguments(store, tmp_path):
     return make
 
 
-def example(name: str):
-    """Import a script of ``examples/``."""
-    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def example() -> Callable[[str], ModuleType]:
+    """Give a function that imports a script of ``examples/``."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")
-def scgenescope(tmp_path_factory) -> Path:
+def scgenescope(tmp_path_factory, example) -> Path:
     """Give a simulated miniature of scGeneScope, 12 samples of 5 replicates; 6 numbers a cell."""
     folder = tmp_path_factory.mktemp("scgenescope")
     example("simulate_scgenescope").main(folder, cells_per_site=10, treatments=3, width=6, seed=1)

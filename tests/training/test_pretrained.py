@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,18 +41,9 @@ def file(tmp_path):
     return path
 
 
-def script(name):
-    """Import an example."""
-    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def study():
-    return script("embed_study")
+def study(example):
+    return example("embed_study")
 
 
 def test_a_frozen_backbone_is_that_of_the_file(arguments, store, file, tmp_path):
@@ -83,7 +72,7 @@ def test_a_frozen_backbone_is_that_of_the_file(arguments, store, file, tmp_path)
 def test_the_regressor_starts_as_the_model_did(arguments, store, file, tmp_path):
     encoder = EncoderConfig("test_resnet", norm="batch")
     found = read_pretrained(encoder, store.manifest.crop_px, file)
-    config = RegressorConfig(encoder, epochs=1, lr=0, encoder_weights=found.origin)
+    config = RegressorConfig(encoder, epochs=1, lr=0)
     how = SplitConfig(by="Metadata_Well", block=None)
     made, _ = train_regressor(store, how, config, tmp_path / "made", median=250.0, start=found)
     own = made.encoder.backbone.state_dict()["layer1.0.conv1.weight"]
@@ -138,8 +127,8 @@ def test_the_study_of_frozen_features(study, store, tmp_path, monkeypatch):
     assert load_timm("test_resnet", ("DNA",), weights=tmp_path / "out/test_resnet.safetensors")
 
 
-def test_the_study_of_encoders(store, file, tmp_path, monkeypatch):
-    study = script("encoder_study")
+def test_the_study_of_encoders(example, store, file, tmp_path, monkeypatch):
+    study = example("encoder_study")
     encoder = EncoderConfig("test_resnet", norm="batch")
     monkeypatch.setattr(study, "ENCODERS", {"a": (encoder, False), "b": (encoder, True)})
     monkeypatch.setattr(study, "SplitConfig", lambda: SplitConfig("Metadata_Well", None, test=0.2))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -25,15 +23,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("qui
 FEW = {"trainer.limit_train_batches": 2, "data.max_val": 20, "model.sample_every": 5}
 
 
-def example(name):
-    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-section_labels, section_samples = example("section_labels"), example("section_samples")
+@pytest.fixture
+def section_labels(example):
+    return example("section_labels")
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def seen(monkeypatch):
     return found
 
 
-def test_labels_of_a_store(store, arguments, tmp_path, seen, capsys):
+def test_labels_of_a_store(section_labels, store, arguments, tmp_path, seen, capsys):
     model = train(arguments(epochs=1, **FEW))
     out = tmp_path / "out"
     args = [str(store.path), str(out), "--model", str(model), "--device", "cpu", "--draws", "20"]
@@ -79,11 +71,11 @@ def test_labels_of_a_store(store, arguments, tmp_path, seen, capsys):
 
 
 @pytest.mark.long
-def test_models_of_samples(store, arguments, tmp_path, seen, capsys):
+def test_models_of_samples(example, section_labels, store, arguments, tmp_path, seen):
     """A model that knows blocks and labels of cells, and not which RNA is of which."""
     plate = simulate_plate(seed=4, wells_per_treatment=6, sites_per_well=1, cells_per_site=25)
     samples = tmp_path / "samples.zarr"
-    section_samples.main(plate.source, store, samples, "Metadata_Treatment")
+    example("section_samples").main(plate.source, store, samples, "Metadata_Treatment")
     written = SampleStore(samples)
     parts = split_of(store, SplitConfig()).part
     assert (

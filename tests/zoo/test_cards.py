@@ -56,7 +56,6 @@ def test_the_metadata_of_a_card_are_the_registrys(name):
 def test_the_figures_of_a_card_are_those_of_the_evaluation(name):
     metrics = json.loads((find(name).folder / "metrics.json").read_text())
     measured = {k: v for k, v in metrics["scores"][0].items() if isinstance(v, float)}
-    assert {"pcc_gene_median", "crps", "energy_score"} <= set(measured) or name != "xenium-pancreas"
     card = ModelCard(find(name).card)
     assert card.data.model_name == name
     told = {result.metric_type: result.metric_value for result in card.data.eval_results}
