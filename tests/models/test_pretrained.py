@@ -68,7 +68,7 @@ def test_positions_are_resampled_to_the_crop(published):
 
 def test_group_norms_in_place_of_batch_norms_are_refused(published):
     _, path = published("test_resnet")
-    with pytest.raises(ModelError, match=r"batch norms.*set model\.encoder\.norm: batch"):
+    with pytest.raises(ModelError, match=r"batch norms.*set the encoder's norm to batch"):
         started("test_resnet", "joint", path, norm="group")
     _, path = published("test_vit")  # has none
     assert started("test_vit", "joint", path, norm="group")
@@ -103,7 +103,7 @@ def test_the_hub_and_a_machine_without_network(monkeypatch):
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     wanted = r"bring the file model\.safetensors of https://hf\.co/timm/test_resnet\.r160_in1k"
-    with pytest.raises(ModelError, match=rf"{wanted} and name it with model\.encoder_weights"):
+    with pytest.raises(ModelError, match=rf"{wanted} and name it with encoder_weights"):
         read_pretrained(config, 64, HUB)
     with pytest.raises(ModelError, match=r"nowhere\.pth: no such file of weights"):
         read_pretrained(config, 64, "nowhere.pth")
