@@ -145,10 +145,10 @@ def summarise(
     median = space.config.median_library
     rates, library = space.decode(latent)
     recalibration = model.config.recalibration
-    mean, std, quantiles = space.measured(
+    std, quantiles = space.measured(
         rates, library.mean(dim=1), tuple(QUANTILES.values()), recalibration
     )
-    out = {"X": _numpy(mean), "layers/std": _numpy(std)}
+    out = {"X": _numpy(space.expected(latent)), "layers/std": _numpy(std)}
     for name, values in zip(QUANTILES, quantiles, strict=True):
         out[f"layers/{name}"] = _numpy(values)
     drawn = draws or ["layers/draw"]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from phenoseq.errors import DataError, ModelError
 from phenoseq.genes import match_genes
@@ -205,6 +205,8 @@ def adapt(
         read = cells if isinstance(cells, ImageConfig) else base.config.cells
         model = SamplePhenoSeq(replace(base.config, cells=read, **changed), space)
     _take_denoiser(model.denoiser, base.denoiser, turn)
+    if base.config.diffusion.centred:
+        _take_mean(model.mean_head, base.mean_head, turn)
     model.context_mean.copy_(base.context_mean)
     model.context_whiten.copy_(base.context_whiten)
     if not isinstance(cells, ImageConfig):
@@ -292,6 +294,15 @@ def _take_denoiser(new: Denoiser, old: Denoiser, turn: Tensor) -> None:
     tensors["inward.weight"] = tensors["inward.weight"] @ turn
     tensors["outward.weight"] = turn.T @ tensors["outward.weight"]
     tensors["outward.bias"] = turn.T @ tensors["outward.bias"]
+    new.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def _take_mean(new: nn.Sequential, old: nn.Sequential, turn: Tensor) -> None:
+    """Take over the regression of the mean, its latent turned."""
+    tensors = dict(old.state_dict())
+    for name in ("2.weight", "2.bias"):
+        tensors[name] = turn.T @ tensors[name]
     new.load_state_dict(tensors)
 
 

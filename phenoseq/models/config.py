@@ -56,12 +56,22 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Noise path, what the network predicts, and how to sample by default."""
+    """Noise path, what the network predicts, and how to sample by default.
+
+    Attributes
+    ----------
+    path, output, sampler, steps
+        See :mod:`~phenoseq.models.diffusion`.
+    centred
+        A regression gives each cell's mean, and the diffusion what is left of it; else the
+        diffusion gives all.
+    """
 
     path: str = "straight"
     output: Output = "x0"
     sampler: Sampler = "dpmpp_2m"
     steps: int = 8
+    centred: bool = True
 
 
 @dataclass(frozen=True)

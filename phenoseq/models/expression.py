@@ -95,6 +95,16 @@ class ExpressionSpace(nn.Module):
         log_library = self.library[0] + self.library[1] * latent[..., -1]
         return rates, log_library.clamp(self.library[2], self.library[3]).exp()
 
+    def expected(self, latent: Tensor) -> Tensor:
+        """Return the expected expression ``(B, g)`` of latents ``(B, K, D)``, at least 0.
+
+        The latent is linear in log1p of counts scaled to the median library size, and so is its
+        mean over draws: unlike a mean of rates, it is as good as exact for few draws, of which the
+        antithetic ones cancel.
+        """
+        scores = latent.mean(dim=1)[:, :-1] * self.spread
+        return (self.mean + scores @ self.axes).clamp(min=0)
+
     def level(self, rates: Tensor) -> Tensor:
         """Return the predicted level of each gene, ``(B, g)``, of the rates ``(B, K, g)`` of draws.
 
@@ -108,7 +118,7 @@ class ExpressionSpace(nn.Module):
         library: Tensor,
         levels: tuple[float, ...] = (),
         recalibration: Recalibration | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Summarise the values that a measurement would give, counting noise included.
 
         A value is log1p of a count scaled to the median library size; the count is drawn from the
@@ -127,11 +137,13 @@ class ExpressionSpace(nn.Module):
 
         Returns
         -------
-        Mean and standard deviation ``(B, g)``, and for each level its quantile ``(B, g)``.
+        Standard deviation ``(B, g)``, and for each level its quantile ``(B, g)``.
         """
         warp = None if recalibration is None else recalibration.at(self.level(rates))
         scale = self.config.median_library / library
-        return summarise_mixture(rates * library[:, None, None], self.theta, scale, levels, warp)
+        mu = rates * library[:, None, None]
+        _, std, quantiles = summarise_mixture(mu, self.theta, scale, levels, warp)
+        return std, quantiles
 
     @property
     def theta(self) -> Tensor:

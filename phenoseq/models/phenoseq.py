@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from phenoseq.models.appearance import Appearance, pixel_statistics
 from phenoseq.models.config import ImageConfig, PhenoSeqConfig, SampleConfig
-from phenoseq.models.denoiser import Denoiser, Memory
-from phenoseq.models.diffusion import Denoise, guided, make_path, sample, to_prediction
+from phenoseq.models.denoiser import Denoiser
+from phenoseq.models.diffusion import guided, make_path, sample, to_prediction
 from phenoseq.models.embedding import EmbeddingSpace
 from phenoseq.models.encoder import Encoder, EncoderConfig
 from phenoseq.models.expression import ExpressionSpace
@@ -24,7 +25,11 @@ from phenoseq.models.record import TrainingRecord
 class ContextDiffusion(nn.Module):
     """Generates latents of expression by diffusion, given the context tokens of images.
 
-    What models of cells and of samples have in common.
+    What models of cells and of samples have in common. Where the diffusion is centred, a regression
+    of the pooled context gives the latent's mean, and the denoiser sees and predicts what is left
+    of it: ``x_t - alpha(t) mean``, and its prediction less the mean's part. (Residual diffusion, as
+    in Mardani et al., "Residual corrective diffusion modeling", 2025; here both are trained at
+    once.)
 
     Attributes
     ----------
@@ -46,7 +51,12 @@ class ContextDiffusion(nn.Module):
         config = self.config
         dim = config.denoiser.dim
         self.path = make_path(config.diffusion.path)
-        self.denoiser = Denoiser(config.denoiser, config.expression.latent_dim)
+        latent = config.expression.latent_dim
+        self.denoiser = Denoiser(config.denoiser, latent)
+        if config.diffusion.centred:
+            self.mean_head = nn.Sequential(
+                nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, latent)
+            )
         self.expression = expression
         self.register_buffer("context_mean", torch.zeros(dim))
         self.register_buffer("context_whiten", torch.eye(dim))
@@ -92,13 +102,12 @@ class ContextDiffusion(nn.Module):
         Latents ``(B, K, D)``.
         """
         how = self.config.diffusion
-        conditional = self.denoiser.remember(*context)
-        unconditional = conditional
+        conditional = unconditional = self._denoise(context)
         if guidance != 1:
             drop = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-            unconditional = self.denoiser.remember(*context, drop)
+            unconditional = self._denoise(context, drop)
         return sample(
-            guided(self._given(conditional), self._given(unconditional), guidance),
+            guided(conditional, unconditional, guidance),
             noise,
             path=self.path,
             output=how.output,
@@ -135,20 +144,61 @@ class ContextDiffusion(nn.Module):
         Float ``(B, K)``.
         """
         output = self.config.diffusion.output
-        clean = self.expression.encode(target if target.ndim == 3 else target[:, None])
+        clean = self._latents(target)
         clean = clean.repeat_interleave(noise.shape[1] // clean.shape[1], dim=1)
-        memory = self.denoiser.remember(*context, drop)
-        made = self.denoiser(self.path.mix(clean, noise, t), t, memory).float()
+        made = self._denoise(context, drop)(self.path.mix(clean, noise, t), t).float()
         error = (made - to_prediction(self.path, output, clean, noise, t)) ** 2
         if output == "x0":
             error = error * self.path.v_weight(t)[..., None]
         loss: Tensor = (error * self.expression.weight).mean(dim=-1)
         return loss
 
-    def _given(self, memory: Memory) -> Denoise:
-        def denoise(x: Tensor, t: float) -> Tensor:
-            out: Tensor = self.denoiser(x, torch.tensor(t, device=x.device), memory)
-            return out
+    def mean_loss(self, context: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Return the squared error of the regression, of a model that is centred.
+
+        Parameters
+        ----------
+        context, target
+            As of :meth:`denoising_loss`.
+
+        Returns
+        -------
+        Float ``(B, T)``; T is 1 of cells.
+        """
+        error = (self._mean(context) - self._latents(target)) ** 2
+        loss: Tensor = (error * self.expression.weight).mean(dim=-1)
+        return loss
+
+    def _latents(self, target: Tensor) -> Tensor:
+        """Return the clean latents of a target, ``(B, T, D)``."""
+        return self.expression.encode(target if target.ndim == 3 else target[:, None])
+
+    def _mean(self, context: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mean of the latent, ``(B, 1, D)``."""
+        mean: Tensor = self.mean_head(pool(*context))
+        return mean.float()[:, None]
+
+    def _denoise(
+        self, context: tuple[Tensor, Tensor], drop: Tensor | None = None
+    ) -> Callable[[Tensor, Tensor | float], Tensor]:
+        """Return the prediction, given x_t ``(B, K, D)`` and t, one number or ``(B, K)``.
+
+        The mean learns from its own loss alone.
+        """
+        memory = self.denoiser.remember(*context, drop)
+        centred, output = self.config.diffusion.centred, self.config.diffusion.output
+        mean = self._mean(context).detach() if centred else None
+        if mean is not None and drop is not None:
+            mean = mean * ~drop[:, None, None]
+
+        def denoise(x: Tensor, t: Tensor | float) -> Tensor:
+            t = torch.as_tensor(t, device=x.device)
+            if mean is None:
+                left: Tensor = self.denoiser(x, t, memory)
+                return left
+            at, nothing = mean.expand_as(x), torch.zeros_like(x)
+            left = self.denoiser(x - self.path.mix(at, nothing, t), t, memory)
+            return left + to_prediction(self.path, output, at, nothing, t)
 
         return denoise
 

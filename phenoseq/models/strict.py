@@ -15,7 +15,7 @@ from typing import Any, Literal
 from phenoseq._version import __version__
 from phenoseq.errors import ModelError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: The name under which a configuration says which network it is of.
 NETWORK = "network"
@@ -56,6 +56,8 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
     2 to 3
         Models of cells and of samples have a recalibration, which is none; so is the appearance
         of crops. No encoder started from pretrained weights.
+    3 to 4
+        The diffusion of models of cells and of samples is not centred.
     """
     raw = dict(raw)
     if version < 2:
@@ -70,6 +72,8 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
     for name in ("training", "origin"):
         if version < 3 and isinstance(record := raw.get(name), dict) and "split" in record:
             raw[name] = {"encoder_weights": {}, **record}
+    if version < 4 and isinstance(raw.get("diffusion"), dict) and "steps" in raw["diffusion"]:
+        raw["diffusion"] = {"centred": False, **raw["diffusion"]}
     return raw | {"schema_version": SCHEMA_VERSION}
 
 

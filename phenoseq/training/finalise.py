@@ -107,7 +107,8 @@ def recalibration_of(
     theta = space.theta
     cells, draws = _CALIBRATION_CELLS, _CALIBRATION_DRAWS
     found: list[tuple[NDArray[np.float32], ...]] = []
-    for counts, rates, _, _ in _decoded(model, space, data, "cal", cells, draws, seed):
+    for counts, latent, _ in _drawn(model, data, "cal", cells, draws, seed):
+        rates, _ = space.decode(latent)
         mu = rates * counts.sum(dim=1)[:, None, None]
         drawn = nb_quantile(torch.rand(counts.shape, generator=generator), mu[:, :1], theta)
         pits = []
@@ -131,40 +132,35 @@ def _profiles(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
     """Yield true and predicted expression of validation cells, and the sample each is of."""
     median = space.config.median_library
-    how = model.config.recalibration
-    for counts, rates, library, sample in _decoded(model, space, data, "val", _CELLS, _DRAWS, seed):
+    for counts, latent, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
         truth = torch.log1p(counts / counts.sum(dim=1, keepdim=True) * median)
-        mean = space.measured(rates, library, recalibration=how)[0]
-        yield truth.numpy(), mean.numpy(), sample.numpy()
+        yield truth.numpy(), space.expected(latent).numpy(), sample.numpy()
 
 
-def _decoded(
+def _drawn(
     model: PhenoSeq | SamplePhenoSeq,
-    space: ExpressionSpace,
     data: StreamDataModule,
     part: str,
     n_cells: int,
     n_draws: int,
     seed: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield counts ``(n, g)``, drawn rates ``(n, K, g)``, library size and sample of some cells."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield counts ``(n, g)``, drawn latents ``(n, K, D)``, and the sample of some cells."""
     generator = torch.Generator().manual_seed(seed)
     for batch in data.fixed(part, n_cells, alone=True):
         counts = batch["counts"]
-        noise = torch.randn(len(counts), n_draws, space.config.latent_dim, generator=generator)
-        rates, libraries = space.decode(model.generate(_encode(model, batch), noise))
-        library = libraries.mean(dim=1)
+        dim = model.expression.config.latent_dim
+        noise = torch.randn(len(counts), n_draws, dim, generator=generator)
+        latent = model.generate(_encode(model, batch), noise)
         rows = batch["rows"]
         sample = batch.get("sample", torch.zeros(len(counts), dtype=torch.long))
         keep = batch.get("keep_rna", torch.ones_like(rows, dtype=torch.bool))
         if counts.ndim == 3:
             each = counts.shape[1]
-            rates, library, sample = (
-                x.repeat_interleave(each, dim=0) for x in (rates, library, sample)
-            )
+            latent, sample = (x.repeat_interleave(each, dim=0) for x in (latent, sample))
             counts, keep = counts.flatten(0, 1), keep.flatten()
         keep = keep & (counts.sum(dim=1) >= MIN_LIBRARY)
-        yield counts[keep], rates[keep], library[keep], sample[keep]
+        yield counts[keep], latent[keep], sample[keep]
 
 
 def _means(values: NDArray[np.float32], sample: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -123,9 +123,11 @@ class FinetuneModule(PhenoSeqModule):
         t = logit_normal(shape[0] * shape[1], generator).view(shape)
         t[torch.rand(shape, generator=generator) < 1 / self.levels] = 1.0
         noise = torch.randn(*shape, self.model.config.expression.latent_dim, generator=generator)
-        return self.model.denoising_loss(
-            self.encode(batch), batch["counts"], t.to(self.device), noise.to(self.device), drop
-        ).mean()
+        context = self.encode(batch)
+        loss = self.model.denoising_loss(
+            context, batch["counts"], t.to(self.device), noise.to(self.device), drop
+        )
+        return loss.mean() + self.mean_loss(batch, context)
 
     def encode_augmented(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Encode the images of a batch, augmented, or take their tokens."""

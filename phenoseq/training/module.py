@@ -58,6 +58,8 @@ class PhenoSeqModule(TrainingModule):
         Sizes of the expression space (see :class:`~phenoseq.models.expression.ExpressionConfig`).
     levels
         Noise levels of an RNA cell and step.
+    mean_weight
+        Of the regression's loss, beside that of the diffusion, where this is centred; above 0.
     drop_context
         Share of the cells or bags trained without context, for classifier-free guidance.
     drop_channel
@@ -84,6 +86,7 @@ class PhenoSeqModule(TrainingModule):
         components: int = 32,
         hidden: int = 256,
         levels: int = 4,
+        mean_weight: float = 4.0,
         drop_context: float = 0.1,
         drop_channel: float = 0.05,
         encoder_weights: str | None = None,
@@ -107,7 +110,8 @@ class PhenoSeqModule(TrainingModule):
         self.encoder, self.denoiser, self.diffusion = encoder, denoiser, diffusion
         self.features = features
         self.components, self.hidden = components, hidden
-        self.levels, self.drop_context, self.drop_channel = levels, drop_context, drop_channel
+        self.levels, self.mean_weight = levels, mean_weight
+        self.drop_context, self.drop_channel = drop_context, drop_channel
         self.encoder_weights = encoder_weights
         self.frozen_stages, self.recompute = frozen_stages, recompute
 
@@ -206,7 +210,15 @@ class PhenoSeqModule(TrainingModule):
         drop = self._coins((len(rows),), generator) < self.drop_context
         t = logit_normal(rows.numel() * self.levels, generator).view(*rows.shape, self.levels)
         noise = torch.randn(*t.shape, self.model.expression.config.latent_dim, generator=generator)
-        return self._losses(batch, context, t, noise, drop)[keep].mean()
+        loss = self._losses(batch, context, t, noise, drop)[keep].mean()
+        return loss + self.mean_loss(batch, context)
+
+    def mean_loss(self, batch: Batch, context: tuple[Tensor, Tensor]) -> Tensor | float:
+        """Return the weighted loss of the regression, a number; 0 where there is none."""
+        if not self.model.config.diffusion.centred:
+            return 0.0
+        _, keep = targets_of(batch)
+        return self.mean_weight * self.model.mean_loss(context, rna_of(batch))[keep].mean()
 
     def validation_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss over all times, and at pure noise, of every RNA cell."""
@@ -284,7 +296,7 @@ class PhenoSeqModule(TrainingModule):
         ]
         return flat_drawn(
             _log_share(rna, median),
-            space.measured(rates, library.mean(dim=1))[0],
+            space.expected(latent),
             _log_share(torch.stack(made, dim=1), median),
             rows,
         )

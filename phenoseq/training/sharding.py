@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from phenoseq.models.load import Model
 
 #: What a training module calls of a model besides ``forward``.
-_CALLED = ("encode", "denoising_loss", "generate")
+_CALLED = ("encode", "denoising_loss", "mean_loss", "generate")
 
 
 class ShardedStrategy(ModelParallelStrategy):

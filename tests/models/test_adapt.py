@@ -152,7 +152,7 @@ def test_with_few_genes_in_common_a_space_is_fitted_and_turned_to_the_old_one(ba
 
 
 def test_turning_the_latent_leaves_the_denoiser_what_it_was(base, train, rng):
-    """Given turned latents, the adapted denoiser predicts what the base does, turned."""
+    """Given turned latents, the adapted denoiser and mean predict what the base does."""
     model, _ = adapted(base, train, np.arange(12, 40))
     turn = torch.linalg.lstsq(base.denoiser.inward.weight, model.denoiser.inward.weight).solution
     x = torch.randn(5, 3, 7, generator=rng)
@@ -161,7 +161,9 @@ def test_turning_the_latent_leaves_the_denoiser_what_it_was(base, train, rng):
     with torch.no_grad():
         there = model.denoiser(x, t, model.denoiser.remember(context, keep))
         here = base.denoiser(x @ turn.T, t, base.denoiser.remember(context, keep))
+        new, old = (m.mean_head(context[:, 0]) for m in (model, base))
     torch.testing.assert_close(there, here @ turn, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(new, old @ turn, atol=1e-5, rtol=1e-4)
 
 
 def test_no_gene_in_common_still_gives_a_model(base, train):

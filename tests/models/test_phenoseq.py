@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from phenoseq.errors import ModelError
 from phenoseq.models.appearance import Appearance
 from phenoseq.models.phenoseq import PhenoSeq, pool
+from phenoseq.models.strict import SCHEMA_VERSION
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_loaded_model_gives_the_same_bits(tmp_path, make_model, crops, noise, 
 def test_a_folder_holds_its_two_files_and_no_pickle(tmp_path, model):
     folder = model.save(tmp_path / "deep" / "model")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert json.loads((folder / "config.json").read_text())["schema_version"] == 3
+    assert json.loads((folder / "config.json").read_text())["schema_version"] == SCHEMA_VERSION
     assert set(load_file(folder / "model.safetensors")) == set(model.state_dict())
 
 
@@ -300,11 +301,14 @@ def test_loss_is_zero_only_where_the_clean_latent_is_found(model, crops, cells, 
     noise = torch.randn(6, 3, clean.shape[1], generator=rng)
     context = model.encode(crops)
 
+    mean = torch.randn(6, 1, clean.shape[1], generator=rng)
+    model.mean_head.forward = lambda _: mean[:, 0]
+
     def loss_of(answer):
-        model.denoiser.forward = lambda x, t, memory: answer
+        model.denoiser.forward = lambda x, t, memory: answer - mean
         return model.denoising_loss(context, counts, t, noise)
 
-    assert not loss_of(clean[:, None].expand_as(noise)).any()
+    assert loss_of(clean[:, None].expand_as(noise)).max() < 1e-8
     wrong = loss_of(clean[:, None].expand_as(noise) + 0.5)
     assert wrong.shape == (6, 3)
     weights = torch.tensor([1.0, 4.0, 400.0])  # of the velocity: 1 / sigma^2, at most 400
@@ -320,6 +324,57 @@ def test_loss_of_a_dropped_cell_ignores_its_image(model, crops, cells, rng):
     other = model.denoising_loss(model.encode(crops // 2), counts, t, noise, drop)
     torch.testing.assert_close(first[:2], other[:2])
     assert (first - other)[2:].abs().max() > 1e-5
+
+
+# ------------------------------------------------------------------------------------------- mean
+
+
+@pytest.mark.parametrize("output", ["x0", "eps", "v"])
+@pytest.mark.parametrize("path", ["straight", "cosine"])
+def test_draws_are_the_mean_and_what_the_diffusion_of_the_rest_gives(
+    model, crops, noise, path, output
+):
+    """Without the regression the same denoiser gives the same draws, less the mean."""
+    config = model.config
+    how = replace(config.diffusion, path=path, output=output)
+    centred = PhenoSeq(replace(config, diffusion=how), model.expression).eval()
+    centred.load_state_dict(model.state_dict())
+    plain = PhenoSeq(
+        replace(config, diffusion=replace(how, centred=False)), model.expression
+    ).eval()
+    loaded = plain.load_state_dict(model.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in loaded.unexpected_keys} == {"mean_head"}
+    assert not loaded.missing_keys
+    with torch.inference_mode():
+        context = centred.encode(crops)
+        mean = centred.mean_head(pool(*context))[:, None]
+        assert mean.std(dim=0).max() > 0.01
+        torch.testing.assert_close(
+            centred.generate(context, noise) - mean,
+            plain.generate(context, noise),
+            atol=2.0 if output == "eps" else 1e-4,  # its errors grow 665 times, and so do mistakes
+            rtol=1e-3,
+        )
+
+
+def test_the_mean_learns_by_its_own_loss_and_the_rest_by_the_other(model, crops, cells, rng):
+    counts = torch.from_numpy(cells.counts[:6].toarray())
+    noise = torch.randn(6, 2, model.config.expression.latent_dim, generator=rng)
+    context = model.encode(crops)
+    model.denoising_loss(context, counts, torch.rand(6, 2, generator=rng), noise).mean().backward(
+        retain_graph=True
+    )
+    assert all(p.grad is None for p in model.mean_head.parameters())
+    assert all(p.grad is not None for p in model.denoiser.blocks.parameters())
+    model.denoiser.zero_grad()
+    loss = model.mean_loss(context, counts)
+    loss.mean().backward()
+    assert all(p.grad.any() for p in model.mean_head.parameters())
+    assert all(p.grad is None for p in model.denoiser.parameters())
+    with torch.no_grad():
+        error = model.mean_head(pool(*context)) - model.expression.encode(counts)
+        want = (error**2 @ model.expression.weight / error.shape[1])[:, None]
+    torch.testing.assert_close(loss.detach(), want)
 
 
 # ------------------------------------------------------------------------------------ strangeness

@@ -62,8 +62,8 @@ def ranks(model, data, part):
     """Randomised PIT of the counts of a part under the model, before and after."""
     space, pits = model.expression, []
     with torch.inference_mode():
-        seen = finalise_module._decoded(model, space, data, part, 10**6, 8, 1)
-        for counts, rates, *_ in seen:
+        for counts, latent, _ in finalise_module._drawn(model, data, part, 10**6, 8, 1):
+            rates, _ = space.decode(latent)
             below, at_most = nb_cdf(counts, rates * counts.sum(1)[:, None, None], space.theta)
             level = space.level(rates)
             u = below + torch.rand(below.shape) * (at_most - below)
@@ -73,13 +73,13 @@ def ranks(model, data, part):
 
 def test_the_end_of_training_fits_it_on_calibration_cells_alone(model, data, monkeypatch):
     parts = []
-    decoded = finalise_module._decoded
+    drawn = finalise_module._drawn
 
-    def seen(model, space, data, part, *how):
+    def seen(model, data, part, *how):
         parts.append(part)
-        return decoded(model, space, data, part, *how)
+        return drawn(model, data, part, *how)
 
-    monkeypatch.setattr(finalise_module, "_decoded", seen)
+    monkeypatch.setattr(finalise_module, "_drawn", seen)
     with torch.no_grad():
         model.expression.log_theta -= 2.5  # counts that spread far too much, and are mostly zero
     done = finalise(model, data)

@@ -29,7 +29,8 @@ def noise_of_a_cell(self, batch, generator):
     t, noise = torch.sigmoid(drawn[..., 0]), drawn[..., 1:]
     drop = torch.zeros(len(t), dtype=torch.bool)
     context = self.model.encode(batch["images"])
-    return self.model.denoising_loss(context, batch["counts"], t, noise, drop).mean()
+    loss = self.model.denoising_loss(context, batch["counts"], t, noise, drop).mean()
+    return loss + self.mean_loss(batch, context)
 
 
 def only(most: int, since: int = 0):

@@ -59,7 +59,8 @@ class Module(PhenoSeqModule):
         t, noise = torch.sigmoid(drawn[..., 0]), drawn[..., 1:]
         drop = torch.zeros(len(t), dtype=torch.bool)
         context = self.model.encode(batch["images"])
-        return self.model.denoising_loss(context, batch["counts"], t, noise, drop).mean()
+        loss = self.model.denoising_loss(context, batch["counts"], t, noise, drop).mean()
+        return loss + self.mean_loss(batch, context)
 
     def on_before_optimizer_step(self, optimizer) -> None:
         if not len(self.first):
