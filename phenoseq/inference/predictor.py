@@ -73,8 +73,8 @@ def image_job(
                 names = ids[batch.rows].tolist()
                 noise = cell_normals(seed, names, n_samples, latent_dim)
                 latent = model.generate(context, torch.from_numpy(noise).to(where), steps=steps)
-                values = summarise(model, model.expression, latent, seed, names, draws)
-                values["obsm/X_phenoseq"] = _numpy(latent.mean(dim=1))
+                mean = model.expected(context, latent)
+                values = summarise(model, model.expression, mean, latent, seed, names, draws)
                 values["obs/ood_score"] = _numpy(model.strangeness(context, images, present))
                 values["obs/draw_spread"] = _numpy(model.disagreement(latent))
             values["obs/saturated"] = _saturated(batch.images)
@@ -132,12 +132,13 @@ def _record(
 def summarise(
     model: ContextDiffusion,
     space: ExpressionSpace,
+    mean: Tensor,
     latent: Tensor,
     seed: int,
     names: Sequence[str],
     draws: list[str],
 ) -> dict[str, NDArray[Any]]:
-    """Decode the latents ``(B, K, D)`` of some cells or bags and summarise them, field by field.
+    """Decode the mean latent ``(B, D)`` and drawn ones ``(B, K, D)`` of some cells or bags.
 
     Counts are drawn of the first n draws: one, or those named by ``draws``. What the model has
     learned of its calibration is applied to all of it.
@@ -148,7 +149,11 @@ def summarise(
     std, quantiles = space.measured(
         rates, library.mean(dim=1), tuple(QUANTILES.values()), recalibration
     )
-    out = {"X": _numpy(space.expected(latent)), "layers/std": _numpy(std)}
+    out = {
+        "X": _numpy(space.expected(mean)),
+        "obsm/X_phenoseq": _numpy(mean),
+        "layers/std": _numpy(std),
+    }
     for name, values in zip(QUANTILES, quantiles, strict=True):
         out[f"layers/{name}"] = _numpy(values)
     drawn = draws or ["layers/draw"]

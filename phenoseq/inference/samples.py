@@ -110,7 +110,7 @@ def sample_job(
                 strange = model.strangeness(context, read, present).float().cpu().numpy()
                 noise = bag_normals(seed, names, n_samples, config.expression.latent_dim)
                 latent = model.generate(context, torch.from_numpy(noise).to(place), steps=steps)
-                values = _values(model, latent, draws, seed, names)
+                values = _values(model, context, latent, draws, seed, names)
             if number == 0:
                 tell_strange(strange, given.described, where)
             yield some, {**values, "obs/ood_score": strange}
@@ -210,14 +210,18 @@ class _Crops:
 
 
 def _values(
-    model: SamplePhenoSeq, latent: Tensor, draws: list[str], seed: int, names: list[str]
+    model: SamplePhenoSeq,
+    context: tuple[Tensor, Tensor],
+    latent: Tensor,
+    draws: list[str],
+    seed: int,
+    names: list[str],
 ) -> dict[str, NDArray[Any]]:
     space = model.expression
     if isinstance(space, EmbeddingSpace):
         made = space.decode(latent).transpose(0, 1).float().cpu().numpy()
         return {"X": made[0], **dict(zip(draws, made, strict=True))}
-    values = summarise(model, space, latent, seed, names, draws)
-    return {**values, "obsm/X_phenoseq": latent.mean(dim=1).float().cpu().numpy()}
+    return summarise(model, space, model.expected(context, latent), latent, seed, names, draws)
 
 
 def _fields(space: ExpressionSpace | EmbeddingSpace, draws: list[str]) -> tuple[Field, ...]:

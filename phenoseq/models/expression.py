@@ -96,13 +96,12 @@ class ExpressionSpace(nn.Module):
         return rates, log_library.clamp(self.library[2], self.library[3]).exp()
 
     def expected(self, latent: Tensor) -> Tensor:
-        """Return the expected expression ``(B, g)`` of latents ``(B, K, D)``, at least 0.
+        """Return the expected expression ``(..., g)``, at least 0, of mean latents ``(..., D)``.
 
         The latent is linear in log1p of counts scaled to the median library size, and so is its
-        mean over draws: unlike a mean of rates, it is as good as exact for few draws, of which the
-        antithetic ones cancel.
+        mean.
         """
-        scores = latent.mean(dim=1)[:, :-1] * self.spread
+        scores = latent[..., :-1] * self.spread
         return (self.mean + scores @ self.axes).clamp(min=0)
 
     def level(self, rates: Tensor) -> Tensor:

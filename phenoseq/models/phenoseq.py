@@ -169,6 +169,22 @@ class ContextDiffusion(nn.Module):
         loss: Tensor = (error * self.expression.weight).mean(dim=-1)
         return loss
 
+    def expected(self, context: tuple[Tensor, Tensor], latent: Tensor) -> Tensor:
+        """Return the mean latent of cells, ``(B, D)``.
+
+        That of the regression, where the model is centred, else the mean of the draws.
+
+        Parameters
+        ----------
+        context
+            From ``encode``.
+        latent
+            Draws, ``(B, K, D)``, from :meth:`generate`.
+        """
+        if self.config.diffusion.centred:
+            return self._mean(context)[:, 0]
+        return latent.mean(dim=1)
+
     def _latents(self, target: Tensor) -> Tensor:
         """Return the clean latents of a target, ``(B, T, D)``."""
         return self.expression.encode(target if target.ndim == 3 else target[:, None])

@@ -107,7 +107,7 @@ def recalibration_of(
     theta = space.theta
     cells, draws = _CALIBRATION_CELLS, _CALIBRATION_DRAWS
     found: list[tuple[NDArray[np.float32], ...]] = []
-    for counts, latent, _ in _drawn(model, data, "cal", cells, draws, seed):
+    for counts, _, latent, _ in _drawn(model, data, "cal", cells, draws, seed):
         rates, _ = space.decode(latent)
         mu = rates * counts.sum(dim=1)[:, None, None]
         drawn = nb_quantile(torch.rand(counts.shape, generator=generator), mu[:, :1], theta)
@@ -132,9 +132,9 @@ def _profiles(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
     """Yield true and predicted expression of validation cells, and the sample each is of."""
     median = space.config.median_library
-    for counts, latent, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
+    for counts, mean, _, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
         truth = torch.log1p(counts / counts.sum(dim=1, keepdim=True) * median)
-        yield truth.numpy(), space.expected(latent).numpy(), sample.numpy()
+        yield truth.numpy(), space.expected(mean).numpy(), sample.numpy()
 
 
 def _drawn(
@@ -144,23 +144,27 @@ def _drawn(
     n_cells: int,
     n_draws: int,
     seed: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield counts ``(n, g)``, drawn latents ``(n, K, D)``, and the sample of some cells."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield counts ``(n, g)``, mean and drawn latents ``(n, [K,] D)``, and sample of some cells."""
     generator = torch.Generator().manual_seed(seed)
     for batch in data.fixed(part, n_cells, alone=True):
         counts = batch["counts"]
         dim = model.expression.config.latent_dim
         noise = torch.randn(len(counts), n_draws, dim, generator=generator)
-        latent = model.generate(_encode(model, batch), noise)
+        context = _encode(model, batch)
+        latent = model.generate(context, noise)
+        mean = model.expected(context, latent)
         rows = batch["rows"]
         sample = batch.get("sample", torch.zeros(len(counts), dtype=torch.long))
         keep = batch.get("keep_rna", torch.ones_like(rows, dtype=torch.bool))
         if counts.ndim == 3:
             each = counts.shape[1]
-            latent, sample = (x.repeat_interleave(each, dim=0) for x in (latent, sample))
+            mean, latent, sample = (
+                x.repeat_interleave(each, dim=0) for x in (mean, latent, sample)
+            )
             counts, keep = counts.flatten(0, 1), keep.flatten()
         keep = keep & (counts.sum(dim=1) >= MIN_LIBRARY)
-        yield counts[keep], latent[keep], sample[keep]
+        yield counts[keep], mean[keep], latent[keep], sample[keep]
 
 
 def _means(values: NDArray[np.float32], sample: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -283,10 +283,11 @@ class PhenoSeqModule(TrainingModule):
         n_draws = max(self.draws, rows.shape[1])
         dim = space.config.latent_dim
         noise = self.fixed_normals("draw", rows[:, 0], n_draws * dim).view(-1, n_draws, dim)
-        latent = self.model.generate(self.encode(batch), noise).float()
+        context = self.encode(batch)
+        latent = self.model.generate(context, noise).float()
+        mean = self.model.expected(context, latent)
         if isinstance(space, EmbeddingSpace):
-            draws = space.decode(latent)
-            return flat_drawn(rna, draws.mean(dim=1), draws, rows)
+            return flat_drawn(rna, space.decode(mean), space.decode(latent), rows)
         median = space.config.median_library
         rates, library = space.decode(latent)
         uniform = self.fixed_uniforms("count", rows, rna.shape[2])
@@ -296,7 +297,7 @@ class PhenoSeqModule(TrainingModule):
         ]
         return flat_drawn(
             _log_share(rna, median),
-            space.expected(latent),
+            space.expected(mean),
             _log_share(torch.stack(made, dim=1), median),
             rows,
         )

@@ -48,6 +48,7 @@ def main() -> None:
         bench("Fine-tuning on cached tokens", str(HERE / "caching.py"), store)
         bench("decode: how many neighbours", str(HERE / "neighbours.py"), store)
         bench("Steps: quality against cost", str(HERE / "steps.py"), store)
+        bench("Draws: quality of the mean", str(HERE / "draws.py"), store)
         bench("Decoder size: quality against cost", str(HERE / "decoder.py"), store)
         command = [store, "xenium-pancreas", str(SECTION.parent)]
         bench("Out-of-distribution score", str(HERE / "ood.py"), *command)

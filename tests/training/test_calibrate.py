@@ -62,7 +62,7 @@ def ranks(model, data, part):
     """Randomised PIT of the counts of a part under the model, before and after."""
     space, pits = model.expression, []
     with torch.inference_mode():
-        for counts, latent, _ in finalise_module._drawn(model, data, part, 10**6, 8, 1):
+        for counts, _, latent, _ in finalise_module._drawn(model, data, part, 10**6, 8, 1):
             rates, _ = space.decode(latent)
             below, at_most = nb_cdf(counts, rates * counts.sum(1)[:, None, None], space.theta)
             level = space.level(rates)
