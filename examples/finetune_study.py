@@ -1,12 +1,14 @@
 """Is fine-tuning worth it? A trained model against training from scratch and against a ridge.
 
-    python examples/finetune_study.py section XENIUM.zarr OUT    # 500, 2,000 and 10,000 cells
-    python examples/finetune_study.py merscope MERSCOPE.zarr OUT # another assay, tissue and stains
+    # 500, 2,000 and 10,000 cells; another assay, tissue and stains
+    python examples/finetune_study.py section XENIUM.zarr OUT --encoder-weights FILE
+    python examples/finetune_study.py merscope MERSCOPE.zarr OUT --encoder-weights FILE
 
-``section`` trains a base model on the left half of a section, and goes on with cells of the right
-half. ``merscope`` starts from the released xenium-pancreas, and holds out each fifth of the tissue
-in turn. Both leave a table, results.csv, and a figure, results.png, in OUT, and go on where they
-were stopped.
+``section`` trains a base model on the left half of a section, by xenium_pancreas.yaml beside this
+file, and goes on with cells of the right half. ``merscope`` starts from the released
+xenium-pancreas, and holds out each fifth of the tissue in turn. The base, and what is trained from
+scratch, have encoders that start from the weights of ImageNet in FILE. Both leave a table,
+results.csv, and a figure, results.png, in OUT, and go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("study", choices=["section", "merscope"])
     parser.add_argument("store", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--encoder-weights", help="see xenium_pancreas.yaml; none by default")
     parser.add_argument("--epochs", type=int, default=20, help="of every training, at most")
     parser.add_argument("--base-epochs", type=int, default=6, help="of the base model")
     parser.add_argument("--seeds", type=int, default=1)
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=10_000, help="test cells at most")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    study = Study(options.out, options.epochs, options.test)
+    study = Study(options.out, options.epochs, options.test, options.encoder_weights)
     {"section": section, "merscope": merscope}[options.study](study, options)
 
 
@@ -84,7 +87,7 @@ def section(study: Study, options: argparse.Namespace) -> None:
                 role[which.choice(rows, min(most, len(rows)), replace=False)] = name
             roles[f"Metadata_{n}_{seed}"] = role
     path = with_roles(store, options.out / "section.zarr", roles)
-    base = trained(path, "Metadata_left", options.out / "base", options.base_epochs)
+    base = study.base(path, "Metadata_left", options.base_epochs)
     genes = scored_genes(store.counts(np.flatnonzero(right & (part == "train"))))
     for seed in range(options.seeds):
         for n in options.sizes:
@@ -145,8 +148,9 @@ class Case:
 class Study:
     """Trains, scores, and writes a row at a time; what has a row is not made again."""
 
-    def __init__(self, out: Path, epochs: int, most_test: int) -> None:
+    def __init__(self, out: Path, epochs: int, most_test: int, weights: str | None) -> None:
         self.out, self.epochs, self.most_test = out, epochs, most_test
+        self.weights = weights
         self.file = out / "results.csv"
 
     def all_trained(self, case: Case, base: PhenoSeq) -> None:
@@ -156,7 +160,7 @@ class Study:
                 case, f"fine-tuned, frozen: {freeze}", lambda f=freeze: self.tune(case, base, f)
             )
         self.score(
-            case, "from scratch", lambda: self.tune(case, untrained(case, base), "none", 1e-3)
+            case, "from scratch", lambda: self.tune(case, self.untrained(case, base), "none", 1e-3)
         )
 
     def tune(self, case: Case, base: PhenoSeq, freeze: str, lr: float | None = None) -> PhenoSeq:
@@ -170,6 +174,46 @@ class Study:
                 base, case.store, freeze=freeze, split=case.split, epochs=self.epochs, lr=lr,
                 seed=case.seed, out=folder,
             )  # fmt: skip
+
+    def base(self, store: Path, column: str, epochs: int) -> PhenoSeq:
+        """Train the base model on the cells of a column, as the released one was."""
+        folder = self.out / "base"
+        if not (folder / "model").exists():
+            from phenoseq.training.train import train
+
+            parts = "{train: [train], val: [val]}"
+            settings = {
+                "config": Path(__file__).with_name("xenium_pancreas.yaml"),
+                "data.store": store,
+                "data.split": f"{{by: {column}, block: null, declared: {parts}}}",
+                "model.encoder_weights": self.weights or "null",
+                "model.components": min(64, len(Store(store).manifest.genes) // 2),
+                "trainer.max_epochs": epochs,
+                "trainer.enable_model_summary": "false",
+                "trainer.default_root_dir": folder,
+            }
+            train([f"--{name}={value}" for name, value in settings.items()])
+        return PhenoSeq.load(folder / "model")
+
+    def untrained(self, case: Case, like: PhenoSeq) -> PhenoSeq:
+        """Return a network of the same sizes and start, its space fitted to the cells."""
+        config = like.config
+        data = StoreDataModule(case.store, case.split, seed=case.seed)
+        data.setup()
+        cells = min(case.n // 10, data.opened.counts(data.parts.rows("train")).shape[1] // 2)
+        module = PhenoSeqModule(
+            encoder=config.encoder,
+            denoiser=config.denoiser,
+            diffusion=config.diffusion,
+            components=min(config.expression.components, cells),
+            hidden=config.expression.hidden,
+            encoder_weights=self.weights,
+            seed=case.seed,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            model, _ = module.build(data)
+        return model.eval()
 
     def ridge(self, case: Case) -> None:
         name = "ridge on intensity statistics"
@@ -261,45 +305,6 @@ def opened(case: Case):
     total = np.asarray(store.counts(train).sum(axis=1)).ravel()
     median = float(np.median(total))
     return store, train, test, normalised(store.counts(test), median), median
-
-
-def untrained(case: Case, like: PhenoSeq) -> PhenoSeq:
-    """Return a network of the same sizes that has seen nothing, its space fitted to the cells."""
-    config = like.config
-    data = StoreDataModule(case.store, case.split, seed=case.seed)
-    data.setup()
-    cells = min(case.n // 10, data.opened.counts(data.parts.rows("train")).shape[1] // 2)
-    module = PhenoSeqModule(
-        encoder=config.encoder,
-        denoiser=config.denoiser,
-        diffusion=config.diffusion,
-        components=min(config.expression.components, cells),
-        hidden=config.expression.hidden,
-        seed=case.seed,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
-        model, _ = module.build(data)
-    return model.eval()
-
-
-def trained(store: Path, column: str, out: Path, epochs: int) -> PhenoSeq:
-    """Train the base model on the cells of a column, encoder and all, as the released one was."""
-    if not (out / "model").exists():
-        from phenoseq.training.train import train
-
-        split = f"{{by: {column}, block: null, declared: {{train: [train], val: [val]}}}}"
-        settings = {
-            "data.store": store,
-            "data.split": split,
-            "trainer.max_epochs": epochs,
-            "trainer.gradient_clip_val": 1.0,
-            "trainer.enable_model_summary": "false",
-            "trainer.default_root_dir": out,
-            "model.diffusion.steps": 6,
-        }
-        train([f"--{name}={value}" for name, value in settings.items()])
-    return PhenoSeq.load(out / "model")
 
 
 # ---------------------------------------------------------------------------------------- the store
