@@ -31,6 +31,7 @@ class WarmEMA(Callback):
     def __init__(self, decay: float = 0.999) -> None:
         self.decay = decay
         self._mean: dict[str, Tensor] = {}
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # mean and weight, of what is not frozen
         self._n = 0  # updates
         self._step = 0  # of the last one
 
@@ -41,6 +42,12 @@ class WarmEMA(Callback):
             self._mean = {name: mean.to(current[name].device) for name, mean in self._mean.items()}
         else:
             self._mean = _clone(current)
+        frozen = {name for name, p in pl_module.named_parameters() if not p.requires_grad}
+        self._pairs = [
+            (_local(mean), _local(current[name]))
+            for name, mean in self._mean.items()
+            if name not in frozen
+        ]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -52,11 +59,9 @@ class WarmEMA(Callback):
         self._step = trainer.global_step
         rate = min(self.decay, (1 + self._n) / (10 + self._n)) if self._n else 0.0
         self._n += 1
-        current = pl_module.state_dict()
-        pairs = [(_local(mean), _local(current[name])) for name, mean in self._mean.items()]
-        smooth = [pair for pair in pairs if pair[0].is_floating_point()]
+        smooth = [pair for pair in self._pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([m for m, _ in smooth], [c for _, c in smooth], 1 - rate)
-        for mean, now in pairs:
+        for mean, now in self._pairs:
             if not mean.is_floating_point():  # such as the number of batches seen
                 mean.copy_(now)
 
@@ -71,7 +76,7 @@ class WarmEMA(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the mean in the model."""
         self._swap(pl_module)
-        self._mean = {}
+        self._mean, self._pairs = {}, []
 
     def state_dict(self) -> dict[str, int]:
         """Return how often was averaged."""
