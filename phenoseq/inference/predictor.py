@@ -19,7 +19,6 @@ from phenoseq.inference.inputs import Inputs
 from phenoseq.inference.job import Field, Job, Part, Rows, digest_of_table
 from phenoseq.inference.randomness import cell_normals, cell_uniforms
 from phenoseq.models.config import ImageConfig
-from phenoseq.models.counts import nb_quantile, redraw
 from phenoseq.models.expression import ExpressionConfig, ExpressionSpace
 from phenoseq.models.files import digest_of_model
 from phenoseq.models.phenoseq import ContextDiffusion, PhenoSeq
@@ -162,12 +161,7 @@ def summarise(
         seed, names, n if recalibration is None else 2 * n, len(space.config.genes)
     )
     uniforms = torch.from_numpy(made).to(latent.device)
-    mu = rates[:, :n] * library[:, :n, None]
-    pieces = [nb_quantile(uniforms[:, k], mu[:, k : k + 1], space.theta) for k in range(n)]
-    counts = torch.stack(pieces, dim=1)
-    if recalibration is not None:
-        warp = recalibration.at(space.level(rates))
-        counts = redraw(counts, rates, library[:, :n], space.theta, warp, uniforms[:, n:])
+    counts = space.draw(rates, library, uniforms, recalibration)
     share = counts / counts.sum(dim=2, keepdim=True).clamp(min=1)
     profiles = _numpy(torch.log1p(share * median))
     out |= {name: profiles[:, k] for k, name in enumerate(drawn)}

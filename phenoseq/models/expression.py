@@ -17,7 +17,12 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from phenoseq.errors import DataError
-from phenoseq.models.counts import nb_log_likelihood, summarise_mixture
+from phenoseq.models.counts import (
+    nb_log_likelihood,
+    nb_quantile,
+    redraw,
+    summarise_mixture,
+)
 from phenoseq.models.recalibration import Recalibration
 
 #: Cells with at least this many counts say what the median library is.
@@ -143,6 +148,37 @@ class ExpressionSpace(nn.Module):
         mu = rates * library[:, None, None]
         _, std, quantiles = summarise_mixture(mu, self.theta, scale, levels, warp)
         return std, quantiles
+
+    def draw(
+        self,
+        rates: Tensor,
+        library: Tensor,
+        uniforms: Tensor,
+        recalibration: Recalibration | None = None,
+    ) -> Tensor:
+        """Draw the counts that a measurement would give, of the first n draws.
+
+        Parameters
+        ----------
+        rates, library
+            Of all draws, ``(B, K, g)`` and ``(B, K)``.
+        uniforms
+            On [0, 1), ``(B, n, g)``; twice as many where counts are recalibrated.
+        recalibration
+            Moves each count to the quantile that it is.
+
+        Returns
+        -------
+        Counts ``(B, n, g)``, float.
+        """
+        n = uniforms.shape[1] // (1 if recalibration is None else 2)
+        mu = rates[:, :n] * library[:, :n, None]
+        pieces = [nb_quantile(uniforms[:, k], mu[:, k : k + 1], self.theta) for k in range(n)]
+        counts = torch.stack(pieces, dim=1)
+        if recalibration is None:
+            return counts
+        warp = recalibration.at(self.level(rates))
+        return redraw(counts, rates, library[:, :n], self.theta, warp, uniforms[:, n:])
 
     @property
     def theta(self) -> Tensor:

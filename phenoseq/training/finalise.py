@@ -23,6 +23,8 @@ from phenoseq.models.sample import SamplePhenoSeq
 _CELLS, _DRAWS = 8192, 16
 #: Calibration cells, and draws of each, by which a model is recalibrated.
 _CALIBRATION_CELLS, _CALIBRATION_DRAWS = 4096, 32
+#: Training cells by which the levels of genes are fitted, and rounds of it.
+_LEVEL_CELLS, _LEVEL_STEPS = 4096, 3
 #: Samples below which a correlation over them says nothing.
 _SAMPLES = 8
 #: Added to the covariance of contexts, as a share of its mean variance.
@@ -35,7 +37,8 @@ def finalise(
 ) -> PhenoSeq | SamplePhenoSeq:
     """Fit the out-of-distribution score and recalibration; compute the reliability of each gene.
 
-    The score is fitted on training cells or bags. The reliability is the Pearson correlation of
+    The score, and the level of each gene (:func:`fit_levels`), are fitted on training cells or
+    bags. The reliability is the Pearson correlation of
     predicted (mean of 16 draws) and true expression over validation cells, 0 for a constant; of a
     model of samples over the means of validation samples, where there are eight and more. For the
     recalibration see :func:`recalibration_of`.
@@ -50,8 +53,11 @@ def finalise(
         return model
 
     space = model.expression
+    fit_levels(model, space, data, seed)
     recalibration = recalibration_of(model, space, data, seed)
     model.config = replace(model.config, recalibration=recalibration)
+    if recalibration is not None:
+        fit_levels(model, space, data, seed)
     profiles = _profiles(model, space, data, seed)
     truth, predicted, sample = (np.concatenate(part) for part in zip(*profiles, strict=True))
     if isinstance(model, SamplePhenoSeq):
@@ -81,6 +87,39 @@ def fit_strangeness(model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule) ->
     whiten = torch.linalg.cholesky(torch.linalg.inv(covariance))
     score = ((contexts - contexts.mean(dim=0)) @ whiten).square().mean().sqrt()
     model.context_whiten.copy_(whiten / score)  # 1 over training cells, whatever the ridge took
+
+
+@torch.inference_mode()
+def fit_levels(
+    model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int = 0
+) -> None:
+    """Shift each gene's log rate, so that draws of up to 4096 training cells have its mean.
+
+    The decoder was fitted to latents of real cells; drawn ones differ a little, and with them the
+    mean of a gene; so does a recalibration that all genes share. The mean is that of log1p of
+    counts scaled to the median library size.
+    """
+    median = space.config.median_library
+    bias = space.decoder[2].bias
+    assert isinstance(bias, Tensor)
+    drawn = list(_drawn(model, data, "train", _LEVEL_CELLS, _DRAWS, seed))
+    truth = sum(_scaled(counts, median).sum(dim=0) for counts, *_ in drawn)
+    generator = torch.Generator().manual_seed(seed)
+    how = model.config.recalibration
+    each = 2  # draws
+    for _ in range(_LEVEL_STEPS):
+        total = torch.zeros_like(bias)
+        for _, _, latent, _ in drawn:
+            rates, library = space.decode(latent)
+            shape = len(latent), each if how is None else 2 * each, len(bias)
+            counts = space.draw(rates, library, torch.rand(shape, generator=generator), how)
+            total += _scaled(counts, median).sum(dim=(0, 1)) / each
+        bias += ((truth + 1) / (total + 1)).log().clamp(-1, 1)  # of a gene never seen it stays
+
+
+def _scaled(counts: Tensor, median: float) -> Tensor:
+    """Return log1p of counts ``(..., g)`` scaled to the median library size."""
+    return torch.log1p(counts / counts.sum(dim=-1, keepdim=True).clamp(min=1) * median)
 
 
 @torch.inference_mode()
@@ -133,8 +172,7 @@ def _profiles(
     """Yield true and predicted expression of validation cells, and the sample each is of."""
     median = space.config.median_library
     for counts, mean, _, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
-        truth = torch.log1p(counts / counts.sum(dim=1, keepdim=True) * median)
-        yield truth.numpy(), space.expected(mean).numpy(), sample.numpy()
+        yield _scaled(counts, median).numpy(), space.expected(mean).numpy(), sample.numpy()
 
 
 def _drawn(
