@@ -24,7 +24,7 @@ _CELLS, _DRAWS = 8192, 16
 #: Calibration cells, and draws of each, by which a model is recalibrated.
 _CALIBRATION_CELLS, _CALIBRATION_DRAWS = 4096, 32
 #: Training cells by which the levels of genes are fitted, and rounds of it.
-_LEVEL_CELLS, _LEVEL_STEPS = 4096, 3
+_LEVEL_CELLS, _LEVEL_STEPS = 16384, 3
 #: Samples below which a correlation over them says nothing.
 _SAMPLES = 8
 #: Added to the covariance of contexts, as a share of its mean variance.
@@ -93,7 +93,7 @@ def fit_strangeness(model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule) ->
 def fit_levels(
     model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int = 0
 ) -> None:
-    """Shift each gene's log rate, so that draws of up to 4096 training cells have its mean.
+    """Shift each gene's log rate, so that draws of up to 16,384 training cells have its mean.
 
     The decoder was fitted to latents of real cells; drawn ones differ a little, and with them the
     mean of a gene; so does a recalibration that all genes share. The mean is that of log1p of
