@@ -20,6 +20,9 @@ from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.recalibration import LEAST, Recalibration, fit_recalibration
 from phenoseq.models.sample import SamplePhenoSeq
 
+#: Counts, mean and drawn latents, and sample of some cells; see :func:`_drawn`.
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+
 _CELLS, _DRAWS = 8192, 16
 #: Calibration cells, and draws of each, by which a model is recalibrated.
 _CALIBRATION_CELLS, _CALIBRATION_DRAWS = 4096, 32
@@ -53,11 +56,12 @@ def finalise(
         return model
 
     space = model.expression
-    fit_levels(model, space, data, seed)
+    drawn = list(_drawn(model, data, "train", _LEVEL_CELLS, _DRAWS, seed))
+    fit_levels(space, drawn, None, seed)
     recalibration = recalibration_of(model, space, data, seed)
     model.config = replace(model.config, recalibration=recalibration)
     if recalibration is not None:
-        fit_levels(model, space, data, seed)
+        fit_levels(space, drawn, recalibration, seed)
     profiles = _profiles(model, space, data, seed)
     truth, predicted, sample = (np.concatenate(part) for part in zip(*profiles, strict=True))
     if isinstance(model, SamplePhenoSeq):
@@ -91,7 +95,7 @@ def fit_strangeness(model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule) ->
 
 @torch.inference_mode()
 def fit_levels(
-    model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int = 0
+    space: ExpressionSpace, drawn: list[Drawn], recalibration: Recalibration | None, seed: int = 0
 ) -> None:
     """Shift each gene's log rate, so that draws of up to 16,384 training cells have its mean.
 
@@ -102,17 +106,16 @@ def fit_levels(
     median = space.config.median_library
     bias = space.decoder[2].bias
     assert isinstance(bias, Tensor)
-    drawn = list(_drawn(model, data, "train", _LEVEL_CELLS, _DRAWS, seed))
     truth = sum(_scaled(counts, median).sum(dim=0) for counts, *_ in drawn)
     generator = torch.Generator().manual_seed(seed)
-    how = model.config.recalibration
     each = 2  # draws
     for _ in range(_LEVEL_STEPS):
         total = torch.zeros_like(bias)
         for _, _, latent, _ in drawn:
             rates, library = space.decode(latent)
-            shape = len(latent), each if how is None else 2 * each, len(bias)
-            counts = space.draw(rates, library, torch.rand(shape, generator=generator), how)
+            numbers = each if recalibration is None else 2 * each
+            uniform = torch.rand(len(latent), numbers, len(bias), generator=generator)
+            counts = space.draw(rates, library, uniform, recalibration)
             total += _scaled(counts, median).sum(dim=(0, 1)) / each
         bias += ((truth + 1) / (total + 1)).log().clamp(-1, 1)  # of a gene never seen it stays
 
@@ -182,7 +185,7 @@ def _drawn(
     n_cells: int,
     n_draws: int,
     seed: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[Drawn]:
     """Yield counts ``(n, g)``, mean and drawn latents ``(n, [K,] D)``, and sample of some cells."""
     generator = torch.Generator().manual_seed(seed)
     for batch in data.fixed(part, n_cells, alone=True):

@@ -83,11 +83,40 @@ def test_the_end_of_training_fits_it_on_calibration_cells_alone(model, data, mon
     with torch.no_grad():
         model.expression.log_theta -= 2.5  # counts that spread far too much, and are mostly zero
     done = finalise(model, data)
-    assert parts == ["cal", "val"]
+    assert parts == ["train", "cal", "val"]
     before, after = ranks(done, data, "val")
     wrong, mended = (float((np.abs(u - 0.5) <= 0.25).mean()) for u in (before, after))
     assert abs(wrong - 0.5) > 0.2
     assert mended == pytest.approx(0.5, abs=0.05)
+
+
+def test_draws_have_the_mean_of_each_gene_of_the_training_cells(model, data):
+    """Whatever the decoder's levels were, and with what the recalibration does to them."""
+    generator = torch.Generator().manual_seed(0)
+    bias = model.expression.decoder[2].bias
+    wrong = 0.7 * torch.randn(len(bias), generator=generator)
+    with torch.no_grad():
+        bias += wrong
+
+    def off(model) -> float:
+        how, made, true = model.config.recalibration, [], []
+        with torch.inference_mode():
+            for counts, _, latent, _ in finalise_module._drawn(model, data, "train", 10**6, 8, 5):
+                rates, library = model.expression.decode(latent)
+                u = torch.rand(len(counts), 8 if how else 4, len(bias), generator=generator)
+                drawn = model.expression.draw(rates, library, u, how)
+                made.append(finalise_module._scaled(drawn, 100.0).mean(dim=1))
+                true.append(finalise_module._scaled(counts, 100.0))
+        seen = torch.cat(true).mean(dim=0) > 0.2
+        return float(
+            (torch.cat(made).mean(dim=0) / torch.cat(true).mean(dim=0) - 1)[seen].abs().mean()
+        )
+
+    before = off(model)
+    done = finalise(model, data)
+    assert done.config.recalibration is not None
+    assert before > 0.3
+    assert off(done) < 0.05
 
 
 def test_few_calibration_cells_leave_a_model_as_it_is(model, data, few):
@@ -109,8 +138,9 @@ def test_without_a_calibration_part_there_is_nothing_to_fit(model, store):
 
 
 def test_a_model_is_calibrated_later_by_the_command(model, data, tmp_path, capsys):
-    alike = finalise(model, data).config.recalibration
+    finalise(model, data)
     model.config = replace(model.config, recalibration=None)
+    alike = finalise_module.recalibration_of(model, model.expression, data)
     folder = model.save(tmp_path / "base")
     new = tmp_path / "new"
     assert main(["calibrate", str(folder), str(data.store), "-o", str(new)]) == 0
