@@ -270,7 +270,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
         scores = [Scores(**row) for row in metrics["scores"]]
         return (
             f"{markdown(scores)}\n\n{metrics['n_cells']:,} cells of {metrics['n_groups']} groups, "
-            f"{metrics['n_genes']} genes, mean of {metrics['n_samples']} draws of "
+            f"{metrics['n_genes']} genes, {metrics['n_samples']} draws of "
             f"{metrics['steps']} steps, seed {metrics['seed']}"
         )
     except (KeyError, TypeError) as error:
