@@ -46,7 +46,7 @@ class Module(PhenoSeqModule):
 
     def configure_optimizers(self):
         """Not Adam, which makes whole steps of the rounding of small gradients."""
-        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=0.004, momentum=0.9)
 
     def on_train_start(self) -> None:
         self.start = _flat(self.parameters())
