@@ -64,6 +64,6 @@ for (left, right), place in zip(axes, shown, strict=True):
         figure.colorbar(dots, ax=ax, pad=0.01)
 axes[0, 0].invert_yaxis()
 figure.supxlabel("mm", fontsize=9)
-figure.suptitle(f"{options.model}: {len(rows):,} cells of held-out blocks, mean of 16 draws")
+figure.suptitle(f"{options.model}: {len(rows):,} cells of held-out blocks, expected expression")
 figure.savefig(options.out, dpi=110)
 print(f"wrote {options.out}")
