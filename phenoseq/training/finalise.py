@@ -26,8 +26,8 @@ Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 _CELLS, _DRAWS = 8192, 16
 #: Calibration cells, and draws of each, by which a model is recalibrated.
 _CALIBRATION_CELLS, _CALIBRATION_DRAWS = 4096, 32
-#: Training cells by which the levels of genes are fitted, and rounds of it.
-_LEVEL_CELLS, _LEVEL_STEPS = 16384, 3
+#: Rounds in which the levels of genes are fitted.
+_LEVEL_STEPS = 3
 #: Samples below which a correlation over them says nothing.
 _SAMPLES = 8
 #: Added to the covariance of contexts, as a share of its mean variance.
@@ -56,7 +56,7 @@ def finalise(
         return model
 
     space = model.expression
-    drawn = list(_drawn(model, data, "train", _LEVEL_CELLS, _DRAWS, seed))
+    drawn = list(_drawn(model, data, "train", 2 * _CELLS, _DRAWS, seed))
     fit_levels(space, drawn, None, seed)
     recalibration = recalibration_of(model, space, data, seed)
     model.config = replace(model.config, recalibration=recalibration)
