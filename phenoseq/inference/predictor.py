@@ -142,7 +142,6 @@ def summarise(
     Counts are drawn of the first n draws: one, or those named by ``draws``. What the model has
     learned of its calibration is applied to all of it.
     """
-    median = space.config.median_library
     rates, library = space.decode(latent)
     recalibration = model.config.recalibration
     std, quantiles = space.measured(
@@ -162,8 +161,7 @@ def summarise(
     )
     uniforms = torch.from_numpy(made).to(latent.device)
     counts = space.draw(rates, library, uniforms, recalibration)
-    share = counts / counts.sum(dim=2, keepdim=True).clamp(min=1)
-    profiles = _numpy(torch.log1p(share * median))
+    profiles = _numpy(space.scaled(counts))
     out |= {name: profiles[:, k] for k, name in enumerate(drawn)}
     out["layers/draw"] = out[drawn[0]]
     return out

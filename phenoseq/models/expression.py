@@ -83,11 +83,15 @@ class ExpressionSpace(nn.Module):
         self.log_theta = nn.Parameter(torch.zeros(genes))
         self.requires_grad_(False)
 
+    def scaled(self, counts: Tensor) -> Tensor:
+        """Return log1p of counts ``(..., g)`` scaled to the median library size; 0 of no counts."""
+        share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        return torch.log1p(share * self.config.median_library)
+
     def encode(self, counts: Tensor) -> Tensor:
         """Turn raw counts ``(..., g)`` into latents ``(..., D)``, both float."""
         total = counts.sum(-1, keepdim=True).clamp(min=1)
-        scaled = torch.log1p(counts / total * self.config.median_library)
-        scores = (scaled - self.mean) @ self.axes.T / self.spread
+        scores = (self.scaled(counts) - self.mean) @ self.axes.T / self.spread
         library = (total.log() - self.library[0]) / self.library[1]
         return torch.cat([scores, library], dim=-1)
 

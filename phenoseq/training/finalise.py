@@ -103,10 +103,9 @@ def fit_levels(
     mean of a gene; so does a recalibration that all genes share. The mean is that of log1p of
     counts scaled to the median library size.
     """
-    median = space.config.median_library
     bias = space.decoder[2].bias
     assert isinstance(bias, Tensor)
-    truth = sum(_scaled(counts, median).sum(dim=0) for counts, *_ in drawn)
+    truth = sum(space.scaled(counts).sum(dim=0) for counts, *_ in drawn)
     generator = torch.Generator().manual_seed(seed)
     each = 2  # draws
     for _ in range(_LEVEL_STEPS):
@@ -116,13 +115,8 @@ def fit_levels(
             numbers = each if recalibration is None else 2 * each
             uniform = torch.rand(len(latent), numbers, len(bias), generator=generator)
             counts = space.draw(rates, library, uniform, recalibration)
-            total += _scaled(counts, median).sum(dim=(0, 1)) / each
+            total += space.scaled(counts).sum(dim=(0, 1)) / each
         bias += ((truth + 1) / (total + 1)).log().clamp(-1, 1)  # of a gene never seen it stays
-
-
-def _scaled(counts: Tensor, median: float) -> Tensor:
-    """Return log1p of counts ``(..., g)`` scaled to the median library size."""
-    return torch.log1p(counts / counts.sum(dim=-1, keepdim=True).clamp(min=1) * median)
 
 
 @torch.inference_mode()
@@ -173,9 +167,8 @@ def _profiles(
     model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
     """Yield true and predicted expression of validation cells, and the sample each is of."""
-    median = space.config.median_library
     for counts, mean, _, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
-        yield _scaled(counts, median).numpy(), space.expected(mean).numpy(), sample.numpy()
+        yield space.scaled(counts).numpy(), space.expected(mean).numpy(), sample.numpy()
 
 
 def _drawn(

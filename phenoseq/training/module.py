@@ -13,7 +13,6 @@ from phenoseq.data.handover import Batch
 from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.errors import DataError, ModelError
 from phenoseq.models.config import DiffusionConfig, PhenoSeqConfig, SampleConfig
-from phenoseq.models.counts import nb_quantile
 from phenoseq.models.denoiser import DenoiserConfig
 from phenoseq.models.diffusion import logit_normal
 from phenoseq.models.embedding import EmbeddingSpace, standardise
@@ -107,6 +106,8 @@ class PhenoSeqModule(TrainingModule):
             draws=draws,
             seed=seed,
         )
+        if mean_weight <= 0:
+            raise ModelError(f"mean_weight = {mean_weight}: give a number above 0")
         self.encoder, self.denoiser, self.diffusion = encoder, denoiser, diffusion
         self.features = features
         self.components, self.hidden = components, hidden
@@ -288,19 +289,10 @@ class PhenoSeqModule(TrainingModule):
         mean = self.model.expected(context, latent)
         if isinstance(space, EmbeddingSpace):
             return flat_drawn(rna, space.decode(mean), space.decode(latent), rows)
-        median = space.config.median_library
         rates, library = space.decode(latent)
         uniform = self.fixed_uniforms("count", rows, rna.shape[2])
-        made = [
-            nb_quantile(uniform[:, k], (rates[:, k] * library[:, k, None])[:, None], space.theta)
-            for k in range(rows.shape[1])
-        ]
-        return flat_drawn(
-            _log_share(rna, median),
-            space.expected(mean),
-            _log_share(torch.stack(made, dim=1), median),
-            rows,
-        )
+        made = space.draw(rates, library, uniform)
+        return flat_drawn(space.scaled(rna), space.expected(mean), space.scaled(made), rows)
 
 
 def flat_drawn(truth: Tensor, mean: Tensor, draws: Tensor, rows: Tensor) -> Drawn:
@@ -315,7 +307,3 @@ def flat_drawn(truth: Tensor, mean: Tensor, draws: Tensor, rows: Tensor) -> Draw
         draws[:, :each].flatten(0, 1),
         rows.flatten(),
     )
-
-
-def _log_share(counts: Tensor, median: float) -> Tensor:
-    return torch.log1p(counts / counts.sum(dim=-1, keepdim=True).clamp(min=1) * median)

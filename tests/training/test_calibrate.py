@@ -105,8 +105,8 @@ def test_draws_have_the_mean_of_each_gene_of_the_training_cells(model, data):
                 rates, library = model.expression.decode(latent)
                 u = torch.rand(len(counts), 8 if how else 4, len(bias), generator=generator)
                 drawn = model.expression.draw(rates, library, u, how)
-                made.append(finalise_module._scaled(drawn, 100.0).mean(dim=1))
-                true.append(finalise_module._scaled(counts, 100.0))
+                made.append(model.expression.scaled(drawn).mean(dim=1))
+                true.append(model.expression.scaled(counts))
         seen = torch.cat(true).mean(dim=0) > 0.2
         return float(
             (torch.cat(made).mean(dim=0) / torch.cat(true).mean(dim=0) - 1)[seen].abs().mean()
