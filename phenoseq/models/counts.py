@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from phenoseq.models.recalibration import Warp
@@ -36,6 +38,34 @@ def nb_log_likelihood(counts: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         + theta * (theta.log() - (theta + mu).log())
         + counts * (mu.log() - (theta + mu).log())
     )
+
+
+def thin(
+    counts: sparse.csr_matrix, share: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Divide counts at random in two, of which the second gets each count with chance ``share``.
+
+    Where counts are negative binomial so are both parts, of the same dispersion and their share of
+    the mean, and what the one holds of counting noise tells nothing of that in the other. (Binomial
+    thinning, as in Batson et al., "Molecular cross-validation for single-cell RNA-seq", 2019.)
+
+    Parameters
+    ----------
+    counts
+        Whole numbers, ``(n, g)``.
+    share
+        Between 0 and 1.
+    rng
+        Divides.
+
+    Returns
+    -------
+    Both parts, float32 ``(n, g)``, which add up to the counts.
+    """
+    second = counts.copy()
+    second.data = rng.binomial(counts.data.astype(np.int64), share).astype(np.float32)
+    held = torch.from_numpy(second.toarray())
+    return torch.from_numpy(counts.toarray()).float() - held, held
 
 
 def nb_quantile(level: Tensor, mu: Tensor, theta: Tensor, warp: Warp | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 A cell's counts become the leading principal components of its log1p-normalised expression,
 standardised, with its standardised log library size as the last number. A small network turns a
 latent back into the rate of every gene (positive, summing to one), fitted by negative-binomial
-likelihood, so that counting noise belongs to the decoder and not to the latent.
+likelihood of counts that the latent has not seen, so that it is not misled by counting noise.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from phenoseq.models.counts import (
     nb_quantile,
     redraw,
     summarise_mixture,
+    thin,
 )
 from phenoseq.models.recalibration import Recalibration
 
 #: Cells with at least this many counts say what the median library is.
 MIN_LIBRARY = 20
+#: Share of a cell's counts that judge its decoder, which sees the latent of the others.
+_HELD_OUT = 0.1
 #: Steps below which the decoder is far from fitted, however few the cells.
 _MIN_STEPS = 300
 
@@ -203,7 +206,7 @@ def fit_expression_space(
     *,
     components: int = 32,
     hidden: int = 256,
-    epochs: int = 20,
+    epochs: int = 60,
     seed: int = 0,
 ) -> ExpressionSpace:
     """Fit an expression space to training cells.
@@ -260,7 +263,7 @@ def fit_expression_space(
 
 
 def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     batch = min(512, counts.shape[0])
     steps = max(epochs * counts.shape[0] // batch, _MIN_STEPS)
     space.requires_grad_(True)
@@ -272,11 +275,7 @@ def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int,
     highest = [4e-3, 4e-2]  # dispersions span decades, out of reach of small steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, highest, total_steps=steps)
     for _ in range(steps):
-        rows = torch.randint(counts.shape[0], (batch,), generator=generator).numpy()
-        some = torch.from_numpy(counts[rows].toarray()).float()
-        rates, _ = space.decode(space.encode(some))
-        mu = rates * some.sum(1, keepdim=True) + 1e-8
-        loss = -nb_log_likelihood(some, mu, space.theta).sum(1).mean()
+        loss = decoding_loss(space, counts[rng.integers(counts.shape[0], size=batch)], rng)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -285,3 +284,27 @@ def _fit_decoder(space: ExpressionSpace, counts: sparse.csr_matrix, epochs: int,
             space.log_theta.clamp_(-4.0, 8.0)
     optimiser.zero_grad()
     space.requires_grad_(False)
+
+
+def decoding_loss(
+    space: ExpressionSpace, counts: sparse.csr_matrix, rng: np.random.Generator
+) -> Tensor:
+    """Return the mean negative log likelihood of cells, from latents of other counts of theirs.
+
+    Part of a cell's counts, drawn at random, is judged by the rates that the latent of the rest
+    gives, and scaled up to all. From a latent of the same counts the decoder would learn to
+    give their counting noise back, and every draw would have that noise twice.
+
+    Parameters
+    ----------
+    space
+        Whose decoder is judged.
+    counts
+        Of the cells, ``(n, g)``.
+    rng
+        Divides the counts.
+    """
+    seen, held = thin(counts, _HELD_OUT, rng)
+    rates, _ = space.decode(space.encode(seen))
+    mu = rates * (_HELD_OUT * (seen + held).sum(1, keepdim=True)) + 1e-8
+    return -nb_log_likelihood(held, mu, space.theta).sum(1).mean() / _HELD_OUT

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
-from phenoseq.models.counts import nb_log_likelihood
-from phenoseq.models.expression import ExpressionSpace
+from phenoseq.models.expression import ExpressionSpace, decoding_loss
 
 #: Deviation, in log units, by which a shared gene's rate and dispersion are expected to move.
 _SHIFT = 0.5
@@ -85,7 +84,7 @@ def _refit_decoder(
     All genes get a shift of log rate and log dispersion, that of a shared gene with a normal prior;
     a fresh gene gets weights too, with a prior as wide as the weights of the others are.
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     last = _last(space)
     weights, bias, log_theta = last.weight, last.bias, space.log_theta
     width = weights[~fresh].std()
@@ -101,17 +100,13 @@ def _refit_decoder(
     ]
     optimiser = torch.optim.Adam(groups)
     for _ in range(_STEPS):
-        rows = torch.randint(n, (batch,), generator=generator).numpy()
-        some = torch.from_numpy(counts[rows].toarray()).float()
-        rates, _ = space.decode(space.encode(some))
-        mu = rates * some.sum(1, keepdim=True) + 1e-8
-        likelihood = nb_log_likelihood(some, mu, space.theta).sum(1).mean()
+        loss = decoding_loss(space, counts[rng.integers(n, size=batch)], rng)
         shift = torch.cat([bias, log_theta]) - start
         prior = (
             (shift / _SHIFT)[known].square().sum() + (weights[fresh] / width).square().sum()
         ) / 2
         optimiser.zero_grad()
-        (prior / n - likelihood).backward()  # type: ignore[no-untyped-call]
+        (prior / n + loss).backward()  # type: ignore[no-untyped-call]
         assert weights.grad is not None
         weights.grad[~fresh] = 0
         optimiser.step()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import sparse, stats
 from scipy.special import gammaln
 
-from phenoseq.models.counts import MAX_COUNT, TAIL, nb_log_likelihood, nb_quantile
+from phenoseq.models.counts import MAX_COUNT, TAIL, nb_log_likelihood, nb_quantile, thin
 from phenoseq.models.counts import summarise_mixture as summarise
 
 
@@ -183,3 +183,25 @@ def test_float32_as_the_predictor_uses_it_agrees_with_float64():
 def test_tail_is_cut_where_the_module_says():
     top = nb_quantile(tensor([[1 - 1e-12]]), tensor([[[9.0]]]), tensor([2.0])).item()
     assert top == scipy_nb(9, 2).ppf(1 - TAIL)
+
+
+# -------------------------------------------------------------------------------------- thinning
+
+
+def test_thinned_counts_add_up_and_keep_mean_and_dispersion():
+    rng = np.random.default_rng(0)
+    mu, theta, share = 6.0, 2.0, 0.25
+    counts = scipy_nb(mu, theta).rvs((100_000, 1), random_state=0).astype(np.float32)
+    first, second = (part.numpy() for part in thin(sparse.csr_matrix(counts), share, rng))
+    assert (first + second == counts).all()
+    assert (first >= 0).all()
+    for part, mean in ((first, (1 - share) * mu), (second, share * mu)):
+        assert part.mean() == pytest.approx(mean, rel=0.02)
+        assert part.var() == pytest.approx(mean + mean**2 / theta, rel=0.03)
+
+
+def test_the_parts_of_poisson_counts_tell_nothing_of_each_other():
+    counts = np.random.default_rng(0).poisson(4.0, (100_000, 1)).astype(np.float32)
+    parts = thin(sparse.csr_matrix(counts), 0.4, np.random.default_rng(1))
+    first, second = (part.numpy().ravel() for part in parts)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.01
