@@ -95,11 +95,14 @@ class CropsKept:
         By name.
     pixel_size, crop_px
         Of the base model and of the new data.
+    pixels_kept
+        Whether the pixels of shared stains are scaled as by the base model; else by the new cells.
     """
 
     stains: Overlap
     pixel_size: tuple[float, float]
     crop_px: tuple[int, int]
+    pixels_kept: bool = False
 
     @property
     def rescaled(self) -> bool:
@@ -108,8 +111,9 @@ class CropsKept:
         return abs(math.log(new / old)) > _SAME_SIZE
 
     def __str__(self) -> str:
-        """Tell it, a line for stains, and one for crops that are not alike."""
-        text = f"stains: {_told(self.stains)}"
+        """Tell it, a line for stains, one for pixels, and one for crops that are not alike."""
+        text = f"stains: {_told(self.stains)}\npixels: scaled "
+        text += "as by the base model" if self.pixels_kept else "by your cells"
         if self.rescaled or self.crop_px[0] != self.crop_px[1]:
             old, new = (
                 f"{px} px at {um} um" for px, um in zip(self.crop_px, self.pixel_size, strict=True)

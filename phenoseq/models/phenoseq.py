@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from phenoseq.models.appearance import Appearance, pixel_statistics
+from phenoseq.models.appearance import pixel_statistics
 from phenoseq.models.config import ImageConfig, PhenoSeqConfig, SampleConfig
 from phenoseq.models.denoiser import Denoiser
 from phenoseq.models.diffusion import guided, make_path, sample, to_prediction
@@ -267,13 +267,21 @@ class ContextDiffusion(nn.Module):
         """Return the pixel statistics of crops, or of all cells of bags, ``(n, k)``."""
         return pixel_statistics(images.flatten(0, -4), self.image_std)
 
-    def with_appearance(self, appearance: Appearance | None) -> Self:
-        """Return this model with where the pixel statistics of its training crops lie."""
-        config = self.config
+    def with_image(self, **changes: Any) -> Self:
+        """Return this model of crops with other values in its :class:`ImageConfig`.
+
+        Such as where the pixel statistics of its training crops lie (``appearance``), or how pixels
+        are scaled (``mean``, ``std``).
+        """
+        old = self.image_config
+        assert old is not None
+        image, config = replace(old, **changes), self.config
         if isinstance(config, PhenoSeqConfig):
-            self.config = replace(config, image=replace(config.image, appearance=appearance))
-        elif isinstance(config.cells, ImageConfig):
-            self.config = replace(config, cells=replace(config.cells, appearance=appearance))
+            self.config = replace(config, image=image)
+        else:
+            self.config = replace(config, cells=image)
+        self.image_mean.copy_(torch.tensor(image.mean)[:, None, None])
+        self.image_std.copy_(torch.tensor(image.std)[:, None, None])
         return self
 
     def pooled(self, context: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ def fit_strangeness(model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule) ->
         if "images" in batch:
             pixels.append(model.pixels(batch["images"])[own.flatten()])
     if pixels:
-        model.with_appearance(Appearance.fit(torch.cat(pixels)))
+        model.with_image(appearance=Appearance.fit(torch.cat(pixels)))
     contexts = torch.cat(pooled).double()
     covariance = torch.cov(contexts.T)
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))

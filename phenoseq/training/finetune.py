@@ -27,6 +27,7 @@ from phenoseq.models.files import digest_of_model
 from phenoseq.models.givenfeatures import FeatureEncoder
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.sample import SamplePhenoSeq
+from phenoseq.training.base import targets_of
 from phenoseq.training.build import RNA_CELLS, STATISTICS_CELLS, image_of, record_of
 from phenoseq.training.callbacks import WarmEMA
 from phenoseq.training.checkpoints import (
@@ -55,6 +56,8 @@ LR = {"encoder": 1e-3, "all-but-head": 1e-3, "none": 3e-4}
 LAYER_DECAY = 0.7
 #: Epochs without a better validation loss after which training stops.
 PATIENCE = 8
+#: Training cells or bags that tell how pixels are best scaled before training.
+_PIXEL_CELLS = 1024
 #: Parts of the denoiser that are trained where all but the head is frozen.
 _HEAD = ("inward", "last", "outward")
 
@@ -251,7 +254,7 @@ def adapted(
         of_cells = isinstance(data, StoreDataModule)
         found = data.rna_sample("train", data.n_cells("train") if of_cells else RNA_CELLS)
         counts = sparse.csr_matrix(found)
-    return adapt(
+    model, kept = adapt(
         base,
         data.image_sample("train", STATISTICS_CELLS)
         if isinstance(base.encoder, FeatureEncoder)
@@ -262,6 +265,51 @@ def adapted(
         replace(record_of(data, seed), base=origin, encoder_weights=record.encoder_weights),
         seed=seed,
     )
+    crops = kept.cells
+    if crops is not None and _keep_pixels(model, base, data, seed):
+        kept = replace(kept, cells=replace(crops, pixels_kept=True))
+    return model, kept
+
+
+@torch.inference_mode()
+def _keep_pixels(
+    model: PhenoSeq | SamplePhenoSeq, base: PhenoSeq | SamplePhenoSeq, data: Data, seed: int
+) -> bool:
+    """Scale the pixels of shared stains as the base model does, where it then predicts better.
+
+    Brighter images may be of brighter cells, or of another microscope; what the loss at pure noise
+    of up to 1,024 training cells or bags is before any training tells them apart. Pixels
+    of another type are scaled by the new cells.
+
+    Returns
+    -------
+    Whether the scale was kept.
+    """
+    own, old = model.image_config, base.image_config
+    assert own is not None
+    assert old is not None
+    if own.dtype != old.dtype:
+        return False
+    module = FinetuneModule(model.eval(), freeze="none", new_stains=False, lr=0.0, seed=seed)
+
+    def loss() -> float:
+        found = [
+            module.validation_losses(batch)["val_mean_loss"][targets_of(batch)[1]]
+            for batch in data.fixed("train", _PIXEL_CELLS)
+        ]
+        return float(torch.cat(found).mean())
+
+    def known(of_base: tuple[float, ...], of_cells: tuple[float, ...]) -> tuple[float, ...]:
+        by_name = dict(zip(old.channels, of_base, strict=True))
+        pairs = zip(own.channels, of_cells, strict=True)
+        return tuple(by_name.get(name, value) for name, value in pairs)
+
+    by_cells = loss()
+    model.with_image(mean=known(old.mean, own.mean), std=known(old.std, own.std))
+    if loss() < by_cells:
+        return True
+    model.with_image(mean=own.mean, std=own.std)
+    return False
 
 
 def warnings_of(kept: Adaptation, data: Data, freeze: Freeze) -> list[str]:

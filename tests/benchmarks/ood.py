@@ -89,7 +89,7 @@ def table(model: PhenoSeq, tissue: Crops, kinds: dict[str, Crops]) -> dict[str, 
 def scores(model: PhenoSeq, crops: Crops) -> list[Crops]:
     """Return the ``ood_score`` of crops, its part of the context alone, and ``draw_spread``."""
     image = model.config.image
-    plain = copy(model).with_appearance(None)
+    plain = copy(model).with_image(appearance=None)
     how = {"channels": image.channels, "pixel_size": image.pixel_size, "device": "cpu"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PhenoseqWarning)

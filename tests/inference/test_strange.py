@@ -43,7 +43,7 @@ def test_what_is_grossly_wrong_is_told_from_held_out_tissue(shared_data):
         return np.concatenate([ood.crops_of(some, image, same) for some in each])
 
     known = torch.from_numpy(tissue("train", 8, 50))
-    model.with_appearance(Appearance.fit(model.pixels(known)))
+    model.with_image(appearance=Appearance.fit(model.pixels(known)))
     held_out = tissue("val", 3, 30)
     kinds = {k: v for k, v in ood.altered(held_out).items() if k in ood.GROSS}
     kinds["MERSCOPE"] = ood.crops_of(open_source(shared_data / "merscope"), image, ood.MERSCOPE)[

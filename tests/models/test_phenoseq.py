@@ -396,7 +396,9 @@ def test_strangeness_is_a_mahalanobis_distance(model, rng):
     keep = torch.ones(2, 1, dtype=torch.bool)
     crops = torch.zeros(2, 3, 32, 32)
     np.testing.assert_allclose(model.strangeness((tokens, keep), crops), [0, 3], atol=1e-5)
-    model.with_appearance(Appearance.fit(model.pixels(torch.rand(90, 3, 32, 32, generator=rng))))
+    model.with_image(
+        appearance=Appearance.fit(model.pixels(torch.rand(90, 3, 32, 32, generator=rng)))
+    )
     present = torch.tensor([[True, True, True], [True, False, True]])
     looks = model.config.image.appearance.distance(model.pixels(crops), present)
     want = ((torch.tensor([0, 9]) + looks**2) / 2).sqrt()

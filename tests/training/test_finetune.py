@@ -31,6 +31,7 @@ from phenoseq.models.encoder import EncoderConfig
 from phenoseq.models.files import digest_of_model
 from phenoseq.training import finetune as module_of
 from phenoseq.training.baselines import BASELINES
+from phenoseq.training.build import image_of
 from phenoseq.training.cache import TokenStream, cache_tokens
 from phenoseq.training.finetune import FinetuneModule
 from phenoseq.training.finetunedata import open_data
@@ -118,6 +119,23 @@ def test_the_new_model_is_better_and_the_old_one_is_as_it_was(base, store, tmp_p
     assert np.mean(record.reliability) > 0.05
     prediction = phenoseq.predict(store.path, model=again, n_samples=4, device="cpu")
     assert 0.5 < np.median(prediction.obs["ood_score"]) < 2
+
+
+@pytest.mark.parametrize("gain", [1.0, 4.0])
+def test_pixels_are_scaled_as_by_the_base_unless_the_cells_predict_better(store, gain):
+    """The base has seen such plates, or such of another gain, which is not a matter of cells."""
+    base = phenoseq.load_model("simulated-plate")
+    image = base.config.image
+    scale = {name: tuple(v / gain for v in getattr(image, name)) for name in ("mean", "std")}
+    base.with_image(**scale)
+    data = open_data(store.path, base, SPLIT, channels=None, genes=None, seed=0)
+    model, kept = module_of.adapted(base, data, "base", "encoder", 0)
+    assert kept.cells.pixels_kept == (gain == 1)
+    now = model.config.image
+    expected = scale["mean"] if gain == 1 else image_of(data).mean
+    assert now.mean == expected
+    assert model.image_mean.flatten().tolist() == pytest.approx(expected)
+    assert ("as by the base model" in str(kept)) == (gain == 1)
 
 
 def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monkeypatch):
