@@ -49,7 +49,6 @@ def main() -> None:
         bench("decode: how many neighbours", str(HERE / "neighbours.py"), store)
         bench("Steps: quality against cost", str(HERE / "steps.py"), store)
         bench("Draws: quality of the mean", str(HERE / "draws.py"), store)
-        bench("Decoder size: quality against cost", str(HERE / "decoder.py"), store)
         command = [store, "xenium-pancreas", str(SECTION.parent)]
         bench("Out-of-distribution score", str(HERE / "ood.py"), *command)
         bench("Coverage, as predicted and recalibrated", str(HERE / "calibration.py"), store)
