@@ -486,7 +486,8 @@ def test_a_run_killed_after_it_stopped_early_trains_no_more(base, store, tmp_pat
 def test_a_loss_that_is_no_number_says_what_to_do(base, store, monkeypatch):
     monkeypatch.setattr(
         FinetuneModule, "validation_losses", lambda self, batch: {
-            "val_loss": torch.full((len(batch["rows"]), 1), float("nan"))
+            name: torch.full((len(batch["rows"]), 1), float("nan"))
+            for name in ("val_loss", "val_mean_loss")
         },
     )  # fmt: skip
     with pytest.raises(ModelError, match="never a number; set a lower lr"):
