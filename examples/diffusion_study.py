@@ -70,7 +70,7 @@ def arms(how: DiffusionConfig, size: DenoiserConfig) -> list[Arm]:
     ]
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="xenium-pancreas", help="(%(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="of each arm (%(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     options.out.mkdir(parents=True, exist_ok=True)
     model = phenoseq.load_model(options.model)
     opened = open_data(options.store, model, None, channels=None, genes=None, seed=0)

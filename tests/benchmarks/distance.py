@@ -14,6 +14,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 import phenoseq
@@ -28,7 +29,7 @@ def main(folder: str, name: str) -> None:
     truth, made, baselines = (table[tables[0].obs_names] for table in tables)
     median = phenoseq.load_model(name).config.expression.median_library
     true = normalised(sparse.csr_matrix(truth.X), median)
-    seen = (true > 0).mean(axis=0) > 0.02
+    seen = pd.read_parquet(Path(folder) / "genes.parquet")[name].notna().to_numpy()  # scored
     true = true[:, seen]
     mean, std = true.mean(axis=0), true.std(axis=0)
     draws = {

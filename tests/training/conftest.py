@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +76,7 @@ def example() -> Callable[[str], ModuleType]:
     def load(name: str) -> ModuleType:
         path = Path(__file__).parents[2] / "examples" / f"{name}.py"
         spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # for its dataclasses
         spec.loader.exec_module(module)
         return module
 

@@ -494,6 +494,26 @@ def test_a_loss_that_is_no_number_says_what_to_do(base, store, monkeypatch):
         tuned(base, store, freeze="all-but-head")
 
 
+def test_the_study_of_the_diffusion_runs_and_goes_on(base, store, tmp_path, example, capsys):
+    study = example("diffusion_study")
+    study.arms = lambda how, size: [
+        study.Arm("as released"),
+        study.Arm("not centred", diffusion=replace(how, centred=False)),
+        study.Arm("autoencoder of 4", "autoencoder", 4),
+    ]
+    model = base.save(tmp_path / "base")
+    command = [str(store.path), str(tmp_path / "out"), "--model", str(model), "--epochs", "1"]
+    study.main(command)
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert len(table) == 3
+    assert np.isfinite(table.drop(columns="arm")).all(axis=None)
+    assert table["pcc_gene"][0] > -1
+    capsys.readouterr()
+    study.main(command)
+    assert "M weights  pcc_gene" not in (told := capsys.readouterr().out)  # nothing was run again
+    assert told.count("\n| ") == 3
+
+
 @pytest.mark.slow
 def test_the_study_of_fine_tuning_runs_and_goes_on(store, tmp_path):
     study = Path(__file__).resolve().parents[2] / "examples" / "finetune_study.py"
