@@ -290,7 +290,9 @@ def _keep_pixels(
     assert old is not None
     if own.dtype != old.dtype:
         return False
-    module = FinetuneModule(model.eval(), freeze="none", new_stains=False, lr=0.0, seed=seed)
+    module = FinetuneModule(model, freeze="none", new_stains=False, lr=0.0, seed=seed)
+    was_training = model.training
+    model.eval()
 
     def loss() -> float:
         found = [
@@ -306,10 +308,11 @@ def _keep_pixels(
 
     by_cells = loss()
     model.with_image(mean=known(old.mean, own.mean), std=known(old.std, own.std))
-    if loss() < by_cells:
-        return True
-    model.with_image(mean=own.mean, std=own.std)
-    return False
+    kept = loss() < by_cells
+    if not kept:
+        model.with_image(mean=own.mean, std=own.std)
+    model.train(was_training)  # Lightning trains in the mode that it finds
+    return kept
 
 
 def warnings_of(kept: Adaptation, data: Data, freeze: Freeze) -> list[str]:

@@ -136,6 +136,7 @@ def test_pixels_are_scaled_as_by_the_base_unless_the_cells_predict_better(store,
     assert now.mean == expected
     assert model.image_mean.flatten().tolist() == pytest.approx(expected)
     assert ("as by the base model" in str(kept)) == (gain == 1)
+    assert all(part.training for part in model.modules())  # norms and dropout too
 
 
 def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monkeypatch):
@@ -507,7 +508,6 @@ def test_the_study_of_the_diffusion_runs_and_goes_on(base, store, tmp_path, exam
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     assert len(table) == 3
     assert np.isfinite(table.drop(columns="arm")).all(axis=None)
-    assert table["pcc_gene"][0] > -1
     capsys.readouterr()
     study.main(command)
     assert "M weights  pcc_gene" not in (told := capsys.readouterr().out)  # nothing was run again
