@@ -12,6 +12,7 @@ from einops import rearrange
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of any dimension, and SyncBatchNorm
 
 from phenoseq.errors import ModelError
 
@@ -61,6 +62,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.separate = config.channel_mode == "separate"
+        self._norms_held = False
         self.backbone = _backbone(config, 1 if self.separate else n_channels, crop_px)
         probe = torch.zeros(1, 1 if self.separate else n_channels, crop_px, crop_px)
         self.backbone.eval()  # so that batch norms do not take the probe for data
@@ -122,12 +124,18 @@ class Encoder(nn.Module):
                 "without, on smaller batches, or choose another backbone"
             ) from error
 
+    def hold_norms(self) -> None:
+        """Let batch norms keep the statistics that they have, whatever is trained."""
+        self._norms_held = True
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; what is frozen stays in evaluation, so that its norms do not move."""
+        """Set the mode; what is frozen or held stays in evaluation, so that norms do not move."""
         super().train(mode)
         for module in self.backbone.modules():
             own = list(module.parameters(recurse=False))
-            if own and not any(parameter.requires_grad for parameter in own):
+            frozen = own and not any(parameter.requires_grad for parameter in own)
+            if frozen or (self._norms_held and isinstance(module, _BatchNorm)):
                 module.eval()
         return self
 

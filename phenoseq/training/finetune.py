@@ -111,6 +111,8 @@ class FinetuneModule(PhenoSeqModule):
         width = predicts.width if isinstance(predicts, EmbeddingConfig) else len(predicts.genes)
         self.scored = torch.ones(width, dtype=torch.bool)
         self.new_stains = new_stains
+        if isinstance(model.encoder, Encoder):
+            model.encoder.hold_norms()  # few batches would spoil what many have told
         if freeze != "none":
             model.encoder.requires_grad_(False)
         if freeze == "all-but-head":

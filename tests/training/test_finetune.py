@@ -42,12 +42,12 @@ SPLIT = SplitConfig(by="Metadata_Well", block=None, test=0.2)
 
 
 @pytest.fixture(scope="module")
-def base(store):
-    """A small model that has seen the plate's images but was not trained."""
+def base(store, request):
+    """A small model that has seen the plate's images but was not trained; a norm may be asked."""
     data = StoreDataModule(store.path, SPLIT)
     data.setup()
     module = PhenoSeqModule(
-        encoder=EncoderConfig("test_resnet"),
+        encoder=EncoderConfig("test_resnet", norm=getattr(request, "param", "group")),
         denoiser=DenoiserConfig(dim=32, depth=2, heads=2, tokens=2),
         diffusion=DiffusionConfig(steps=4),
         components=6,
@@ -136,7 +136,18 @@ def test_pixels_are_scaled_as_by_the_base_unless_the_cells_predict_better(store,
     assert now.mean == expected
     assert model.image_mean.flatten().tolist() == pytest.approx(expected)
     assert ("as by the base model" in str(kept)) == (gain == 1)
-    assert all(part.training for part in model.modules())  # norms and dropout too
+    assert model.denoiser.training  # Lightning trains in the mode that it finds
+    assert model.encoder.project.training
+
+
+@pytest.mark.parametrize("base", ["batch"], indirect=True)
+def test_batch_norms_keep_the_statistics_of_the_base(base, store):
+    new = tuned(base, store, freeze="none", epochs=1).state_dict()
+    same = {k: torch.equal(new[k], v) for k, v in base.state_dict().items() if "backbone" in k}
+    held = [name for name in same if "running" in name]
+    assert held
+    assert all(same[name] for name in held)
+    assert not any(same[name] for name in same if name.endswith("bn1.weight"))  # these are trained
 
 
 def test_the_best_weights_are_kept_and_not_the_last(base, store, tmp_path, monkeypatch):
