@@ -15,6 +15,7 @@ from typing import get_args
 from phenoseq.data.selection import SelectedDataModule
 from phenoseq.data.splits import SplitConfig
 from phenoseq.errors import DataError, ModelError, PhenoseqWarning
+from phenoseq.inference.predictor import pick_device
 from phenoseq.models.load import Model
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.recalibration import LEAST
@@ -122,7 +123,7 @@ def finetune(
             "train it with 'phenoseq train', or start from another model"
         )
     base = deepcopy(loaded).cpu()  # wherever it is, there it stays
-    target = _free(out)
+    target, place = _free(out), pick_device(device)
     data = open_data(store, base, split, channels=channels, genes=genes, seed=seed)
     new, kept = adapted(base, data, name, freeze, seed)
     if report is not None:
@@ -152,9 +153,10 @@ def finetune(
         root.mkdir(parents=True, exist_ok=True)
         (root / _KEPT).write_text(json.dumps(asdict(kept), indent=1) + "\n")
         tokens = root / "tokens"
+        new.to(place)
         used = with_tokens(data, new, tokens) if cache and freeze != "none" else data
         fit(module, used, root, settings, epochs=epochs, device=device)
-        done = module.finish(data)
+        done = module.finish(data, place)
         if target is not None:
             done.save(target)
             shutil.rmtree(tokens, ignore_errors=True)
@@ -162,7 +164,12 @@ def finetune(
 
 
 def calibrate(
-    model: str | Path | Model, store: str | Path, *, seed: int = 0, out: str | Path | None = None
+    model: str | Path | Model,
+    store: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
 ) -> PhenoSeq:
     """Recalibrate a model of single cells, as training does at its end; the one given stays.
 
@@ -180,6 +187,8 @@ def calibrate(
         for which it is to be right.
     seed
         Of cells and draws.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
     out
         Folder of the new model.
 
@@ -203,7 +212,7 @@ def calibrate(
             "model of samples is when it is trained"
         )
     target = _free(out)
-    new = deepcopy(base).cpu().eval()
+    new = deepcopy(base).to(pick_device(device)).eval()
     config = new.config
     data = SelectedDataModule(
         store,
@@ -228,6 +237,7 @@ def calibrate(
     if same:  # for models of versions that knew less of their training cells
         fit_strangeness(new, data)
     new.config = replace(new.config, recalibration=found)
+    new.cpu()
     if target is not None:
         new.save(target)
     return new

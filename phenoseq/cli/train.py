@@ -94,12 +94,14 @@ def add_calibrate(commands: Commands) -> None:
     calibrate.add_argument("store", help="prepared store")
     calibrate.add_argument("-o", "--out", required=True, help="folder of the new model")
     calibrate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    calibrate.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     calibrate.set_defaults(run=_calibrate)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
     from phenoseq.tuning import calibrate
 
-    calibrate(options.model, options.store, seed=options.seed, out=options.out)
+    how = {"seed": options.seed, "device": options.device, "out": options.out}
+    calibrate(options.model, options.store, **how)
     print(f"model in {options.out}")
     return 0

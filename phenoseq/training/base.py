@@ -130,8 +130,11 @@ class TrainingModule(L.LightningModule):
         """Draw for every RNA cell of a batch, with fixed noise; ``B * T`` cells."""
 
     @abstractmethod
-    def finish(self, data: StreamDataModule) -> Model:
-        """Return the trained model, with all that it learns about itself at last."""
+    def finish(self, data: StreamDataModule, device: torch.device) -> Model:
+        """Return the trained model on the CPU, with all that it learns about itself at last.
+
+        That is computed on ``device``.
+        """
 
     # ---------------------------------------------------------------------------------- Lightning
 

@@ -44,7 +44,7 @@ def finalise(
     bags. The reliability is the Pearson correlation of
     predicted (mean of 16 draws) and true expression over validation cells, 0 for a constant; of a
     model of samples over the means of validation samples, where there are eight and more. For the
-    recalibration see :func:`recalibration_of`.
+    recalibration see :func:`recalibration_of`. All is computed where the model is.
 
     Returns
     -------
@@ -78,10 +78,11 @@ def fit_strangeness(model: PhenoSeq | SamplePhenoSeq, data: StreamDataModule) ->
     """Let a model know where contexts and pixel statistics of up to 8192 training cells lie."""
     pooled, pixels = [], []
     for batch in data.fixed("train", _CELLS, alone=True):
+        batch = _placed(model, batch)
         cells, own = model.pooled(_encode(model, batch))
-        pooled.append(cells[own])
+        pooled.append(cells[own].cpu())
         if "images" in batch:
-            pixels.append(model.pixels(batch["images"])[own.flatten()])
+            pixels.append(model.pixels(batch["images"])[own.flatten()].cpu())
     if pixels:
         model.with_image(appearance=Appearance.fit(torch.cat(pixels)))
     contexts = torch.cat(pooled).double()
@@ -114,7 +115,7 @@ def fit_levels(
             rates, library = space.decode(latent)
             numbers = each if recalibration is None else 2 * each
             uniform = torch.rand(len(latent), numbers, len(bias), generator=generator)
-            counts = space.draw(rates, library, uniform, recalibration)
+            counts = space.draw(rates, library, uniform.to(bias.device), recalibration)
             total += space.scaled(counts).sum(dim=(0, 1)) / each
         bias += ((truth + 1) / (total + 1)).log().clamp(-1, 1)  # of a gene never seen it stays
 
@@ -146,15 +147,20 @@ def recalibration_of(
     for counts, _, latent, _ in _drawn(model, data, "cal", cells, draws, seed):
         rates, _ = space.decode(latent)
         mu = rates * counts.sum(dim=1)[:, None, None]
-        drawn = nb_quantile(torch.rand(counts.shape, generator=generator), mu[:, :1], theta)
+        u, *v = torch.rand(3, *counts.shape, generator=generator).to(mu.device)
+        drawn = nb_quantile(u, mu[:, :1], theta)
         pits = []
-        for some in (counts, drawn):
+        for some, place in zip((counts, drawn), v, strict=True):
             below, at_most = nb_cdf(some, mu[:, 1:], theta)
-            v = torch.rand(below.shape, generator=generator)
-            pits.append((below + v * (at_most - below)).numpy())
-        found.append((*pits, space.level(rates).numpy()))
+            pits.append((below + place * (at_most - below)).cpu().numpy())
+        found.append((*pits, space.level(rates).cpu().numpy()))
     true, own, level = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return fit_recalibration(true, own, level) if len(true) >= LEAST else None
+
+
+def _placed(model: PhenoSeq | SamplePhenoSeq, batch: Batch) -> Batch:
+    """Return a batch where the model is."""
+    return {name: values.to(model.context_mean.device) for name, values in batch.items()}
 
 
 def _encode(model: PhenoSeq | SamplePhenoSeq, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -168,7 +174,9 @@ def _profiles(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
     """Yield true and predicted expression of validation cells, and the sample each is of."""
     for counts, mean, _, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
-        yield space.scaled(counts).numpy(), space.expected(mean).numpy(), sample.numpy()
+        values = space.scaled(counts), space.expected(mean)
+        truth, predicted = (x.cpu().numpy() for x in values)
+        yield truth, predicted, sample.cpu().numpy()
 
 
 def _drawn(
@@ -182,14 +190,14 @@ def _drawn(
     """Yield counts ``(n, g)``, mean and drawn latents ``(n, [K,] D)``, and sample of some cells."""
     generator = torch.Generator().manual_seed(seed)
     for batch in data.fixed(part, n_cells, alone=True):
-        counts = batch["counts"]
+        batch = _placed(model, batch)
+        counts, rows = batch["counts"], batch["rows"]
         dim = model.expression.config.latent_dim
         noise = torch.randn(len(counts), n_draws, dim, generator=generator)
         context = _encode(model, batch)
-        latent = model.generate(context, noise)
+        latent = model.generate(context, noise.to(counts.device))
         mean = model.expected(context, latent)
-        rows = batch["rows"]
-        sample = batch.get("sample", torch.zeros(len(counts), dtype=torch.long))
+        sample = batch.get("sample", rows.new_zeros(len(counts)))
         keep = batch.get("keep_rna", torch.ones_like(rows, dtype=torch.bool))
         if counts.ndim == 3:
             each = counts.shape[1]

@@ -198,9 +198,9 @@ class PhenoSeqModule(TrainingModule):
                 "began; bring that back, or begin anew in another default_root_dir"
             )
 
-    def finish(self, data: StreamDataModule) -> PhenoSeq | SamplePhenoSeq:
+    def finish(self, data: StreamDataModule, device: torch.device) -> PhenoSeq | SamplePhenoSeq:
         """Return the trained model, which knows its contexts, and how far to trust a gene."""
-        return finalise(self.model.cpu().float(), data, self.seed)
+        return finalise(self.model.to(device).float(), data, self.seed).cpu()
 
     # ----------------------------------------------------------------------------------- the loss
 

@@ -112,7 +112,7 @@ class PublishedModule(TrainingModule):
         model.rna_std.copy_(space.std)
         return model, scored
 
-    def finish(self, data: StreamDataModule) -> PublishedPhenoSeq:
+    def finish(self, data: StreamDataModule, device: torch.device) -> PublishedPhenoSeq:
         """Return the trained network."""
         return self.model.cpu().float().eval()
 

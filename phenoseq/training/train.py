@@ -272,7 +272,7 @@ def _export(cli: _CLI, out: Path) -> None:
     own = len("model.")
     model.load_state_dict({name[own:]: t for name, t in checkpoint["state_dict"].items()})
     cli.model.model = model
-    cli.model.finish(cli.datamodule).save(out)
+    cli.model.finish(cli.datamodule, cli.trainer.strategy.root_device).save(out)
     least = checkpoint["callbacks"][Checkpoints.__qualname__]
     print(
         f"mean weights of {file.name}, step {checkpoint['global_step']} "

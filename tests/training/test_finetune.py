@@ -76,7 +76,7 @@ def no_training(monkeypatch):
         trained.append([row for b in data.train_dataloader() for row in b["rows"].tolist()])
 
     monkeypatch.setattr(tuning, "fit", fit)
-    monkeypatch.setattr(FinetuneModule, "finish", lambda self, data: self.model)
+    monkeypatch.setattr(FinetuneModule, "finish", lambda self, data, device: self.model)
     return trained
 
 
@@ -523,6 +523,16 @@ def test_the_study_of_the_diffusion_runs_and_goes_on(base, store, tmp_path, exam
     study.main(command)
     assert "M weights  pcc_gene" not in (told := capsys.readouterr().out)  # nothing was run again
     assert told.count("\n| ") == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("freeze", ["encoder", "none"])
+def test_a_gpu_makes_the_model_that_the_cpu_makes(base, store, monkeypatch, freeze):
+    monkeypatch.setattr(tuning, "fit", lambda *args, **kwargs: None)
+    cpu, gpu = (tuned(base, store, freeze=freeze, device=name) for name in ("cpu", "cuda"))
+    assert {x.device.type for x in gpu.state_dict().values()} == {"cpu"}
+    for name, want in cpu.state_dict().items():
+        torch.testing.assert_close(gpu.state_dict()[name], want, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def other(tmp_path_factory):
 def no_training(monkeypatch):
     """Leave out the training, and what a model learns about itself."""
     monkeypatch.setattr(tuning, "fit", lambda *args, **how: None)
-    monkeypatch.setattr(FinetuneModule, "finish", lambda self, data: self.model)
+    monkeypatch.setattr(FinetuneModule, "finish", lambda self, data, device: self.model)
 
 
 def tuned(base, store, **how):
