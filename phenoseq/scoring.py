@@ -26,7 +26,13 @@ from phenoseq.evaluation.compare import compare
 from phenoseq.evaluation.page import write_page
 from phenoseq.evaluation.report import MIN_COUNTS, Scores, as_json, markdown
 from phenoseq.evaluation.scoring import Result
-from phenoseq.evaluation.tables import Truth, open_baselines, open_prediction, open_truth
+from phenoseq.evaluation.tables import (
+    Truth,
+    facts_of,
+    open_baselines,
+    open_prediction,
+    open_truth,
+)
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import image_job
 from phenoseq.inference.table import predict_file
@@ -90,8 +96,8 @@ def evaluate(
     Raises
     ------
     DataError, ModelError
-        Where the store lacks stains or genes, its split differs from the one trained with, or the
-        pretrained weights are not those of the model's encoder.
+        Where ``part`` is of training, the store lacks stains or genes, its split differs from the
+        one trained with, or the pretrained weights are not those of the model's encoder.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="phenoseq-") as some:
@@ -99,6 +105,11 @@ def evaluate(
             kept |= {"seed": seed, "device": device, "regressor": regressor, "epochs": epochs}
             kept["encoder_weights"] = encoder_weights
             return evaluate(model, store, out=some, **kept)
+    if part == "train":
+        raise DataError(
+            "part is 'train': its cells trained the model and the baselines, and say nothing of "
+            "others; choose test, or val or cal, by which choices were made"
+        )
     name = Path(model).name if isinstance(model, str | Path) else "this model"
     loaded = load_model(model) if isinstance(model, str | Path) else model
     if not isinstance(loaded, PhenoSeq):
@@ -118,8 +129,7 @@ def evaluate(
             "training cells would be scored; prepare the store with the same options"
         )
     start = _start(loaded, encoder_weights, name)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     rows = split.rows(part)
     rows = rows[np.asarray(table.X[rows].sum(axis=1)).ravel() >= MIN_COUNTS]
     truth = table[rows].copy()
@@ -258,7 +268,8 @@ def evaluate_tables(
     Raises
     ------
     DataError
-        Where cells or genes do not match, or the truth are no counts.
+        Where cells or genes do not match, the truth are no counts, a prediction is not finite, or
+        a baseline is missing.
     """
     cells = open_truth(truth, baselines, group)
     name = name or (Path(prediction).stem if isinstance(prediction, str | Path) else "prediction")
@@ -271,12 +282,12 @@ def evaluate_tables(
         "n_cells": len(cells),
         "n_groups": len(cells.groups),
         "n_genes": int(cells.genes.sum()),
+        "regressor": _plain(facts_of(baselines).get("regressor", {})),
         "seed": seed,
         "phenoseq_version": __version__,
         "calibration": {r.name: asdict(r.calibration) for r in results if r.calibration},
     }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     text = json.dumps(as_json(scores, whole), indent=1, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n")
     (folder / "metrics.md").write_text(markdown(scores) + "\n")
@@ -284,6 +295,23 @@ def evaluate_tables(
     opened = Store(store) if isinstance(store, str | Path) else store
     write_page(folder / "report.html", cells, model, scores, results, whole, opened, seed=seed)
     return scores
+
+
+def _folder(out: str | Path) -> Path:
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file; name a folder for the report")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return how the regressor was trained as plain JSON, as files have arrays for numbers."""
+    kept = {name: facts[name] for name in ("config", "encoder_weights", "steps") if name in facts}
+    plain: dict[str, Any] = json.loads(
+        json.dumps(kept, default=lambda value: np.asarray(value).tolist())
+    )
+    return plain
 
 
 def _write_tables(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from phenoseq.evaluation import probabilistic
 from phenoseq.evaluation.grouped import by_group
-from phenoseq.evaluation.probabilistic import GROUP_CELLS, LEVELS, group_mean_coverage
+from phenoseq.evaluation.probabilistic import GROUP_CELLS, LEVELS
 from phenoseq.evaluation.tables import Truth
 
 #: Bins of the histogram of the PIT.
@@ -34,7 +34,10 @@ class Calibration:
     empty, empty_crps
         Share of values that the empty answer [0, 0] covers by itself, and its CRPS.
     group_means
-        Share of means of groups of 50 cells or more inside their interval, and their number.
+        Share of the PIT of means of groups of 50 cells or more, which are close to continuous,
+        inside the central interval of each level (draws of different cells are independent given
+        their images, so that the k-th draws of all cells of a group are a draw of the group); and
+        the number of these groups.
     by_total, by_level
         The same as ``coverage`` by total counts of the cell (quarters, between ``total_edges``) and
         by predicted level (``X``, upper ends in ``level_edges``).
@@ -128,7 +131,8 @@ class Covered:
         many = size >= GROUP_CELLS
         n = self._pit.sum(axis=1)
         true, draws = self._true[many], self._draws[:, many]
-        true, draws = true / size[many, None], draws / size[many, None]
+        means = probabilistic.cdf_of_draws(true / size[many, None], draws / size[many, None])
+        of_means = probabilistic.randomised_pit(*means, self._rng)
         with np.errstate(invalid="ignore"):
             by_total, by_level = (inside / of for inside, of in self._binned)
             pit = self._pit / self._pit.mean(axis=1, keepdims=True)
@@ -144,7 +148,7 @@ class Covered:
             empty=float(self._zero / n[0]),
             empty_crps=float(self._sum / n[0]),
             group_means={
-                name: group_mean_coverage(true, draws, share)
+                name: probabilistic.coverage(of_means, share)
                 for name, share in zip(names, LEVELS, strict=True)
             },
             n_groups=int(many.sum()),

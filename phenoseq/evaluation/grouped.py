@@ -122,13 +122,16 @@ class Moments:
 class CoMoments:
     """Products of genes, true and predicted, of which the co-expression error follows.
 
-    Where groups and genes are many, only of all cells together; resamples then give NaN.
+    Values are taken from their mean over the first cells, so that products are exactly 0 of a gene
+    that is constant, and float32 is enough. Where groups and genes are many, only of all cells
+    together; resamples then give NaN.
     """
 
     def __init__(self, n_groups: int, n_genes: int) -> None:
         self._whole = n_groups * n_genes**2 > _CO_MOMENTS
         kept = 1 if self._whole else n_groups
         self._n = np.zeros(kept)
+        self._from: NDArray[np.float32] | None = None
         self._sums = np.zeros((2, kept, n_genes))
         self._products = np.zeros((2, kept, n_genes, n_genes), dtype=np.float32)
 
@@ -138,10 +141,14 @@ class CoMoments:
         """Add cells ``(n, g)`` of groups ``(n,)``."""
         if self._whole:
             group = np.zeros_like(group)
+        both = np.stack([true, draw]).astype(np.float32)
+        if self._from is None:
+            self._from = both.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        both -= self._from
         for name in np.unique(group):
             at = group == name
             self._n[name] += at.sum()
-            for k, values in enumerate((true[at], draw[at])):
+            for k, values in enumerate(both[:, at]):
                 self._sums[k, name] += values.sum(axis=0, dtype=np.float64)
                 self._products[k, name] += values.T @ values
 
@@ -177,7 +184,7 @@ class PairDistances:
     Parameters
     ----------
     true, draw
-        Profiles of the same cells, float32 ``(n, g)``.
+        Profiles of the same cells, float32 ``(n, g)``; pairs of a cell with itself count nowhere.
     group
         Their groups, ``(n,)``.
     """
@@ -205,7 +212,7 @@ class PairDistances:
             np.einsum("bi,ij,bj->b", weights, sums, weights, optimize=True)
             for sums in (self._xy, self._xx, self._yy)
         )
-        out: Array = 2 * between / n**2 - (true + draw) / (n**2 - own)
+        out: Array = (2 * between - true - draw) / (n**2 - own)
         return out
 
 

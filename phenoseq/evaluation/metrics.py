@@ -14,6 +14,8 @@ from torch import Tensor
 from phenoseq.evaluation.pairs import energy_distance, maximum_mean_discrepancy, subsample
 
 Matrix = NDArray[np.floating]
+#: Variance over mean square up to which a gene is a constant.
+_ROUNDING = 1e-12
 
 
 def pcc_gene(true: Matrix, predicted: Matrix) -> NDArray[np.float64]:
@@ -28,12 +30,17 @@ def pcc_gene(true: Matrix, predicted: Matrix) -> NDArray[np.float64]:
     """
     a = true - true.mean(axis=0, dtype=np.float64)
     b = predicted - predicted.mean(axis=0, dtype=np.float64)
+    varies = _varies((a**2).mean(axis=0), true) & _varies((b**2).mean(axis=0), predicted)
     norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
-    constant = norm < 1e-9 * max(len(true), 1)
-    product = (a * b).sum(axis=0)
     out = np.zeros(a.shape[1])
-    np.divide(product, norm, out=out, where=~constant)
+    np.divide((a * b).sum(axis=0), norm, out=out, where=varies)
     return out
+
+
+def _varies(variance: NDArray[np.float64], values: Matrix) -> NDArray[np.bool_]:
+    """Tell which genes vary by more than rounding."""
+    square: NDArray[np.float64] = (values**2).mean(axis=0, dtype=np.float64)
+    return np.greater(variance, _ROUNDING * square)
 
 
 def mse(true: Matrix, predicted: Matrix) -> float:
@@ -51,9 +58,9 @@ def variance_ratio(true: Matrix, draw: Matrix) -> float:
 def e_distance(true: Matrix, draw: Matrix, seed: int = 0) -> tuple[float, float]:
     """Return the energy distance between true and drawn profiles, and its standard error.
 
-    ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, Euclidean, pairs of a cell with itself left out
-    (Szekely and Rizzo 2013); one draw a cell. Over more than 10,000 cells, a seeded subsample of
-    them. The standard error is that of the U-statistic over cells.
+    ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, Euclidean, pairs of a cell with itself left out of all
+    three (Szekely and Rizzo 2013); one draw a cell. Over more than 10,000 cells, a seeded
+    subsample of them. The standard error is that of the U-statistic over cells.
     """
     return energy_distance(pair_cells(true, seed), pair_cells(draw, seed))
 
@@ -82,7 +89,7 @@ def correlations(
     variance.
     """
     variance = np.diagonal(covariance, axis1=-2, axis2=-1)
-    varies = variance > 1e-12 * square
+    varies = variance > _ROUNDING * square
     scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
     return covariance * scale[..., None] * scale[..., None, :]
 

@@ -1,4 +1,9 @@
-"""Distances between pairs of cells, over a subsample that does not depend on order or rank."""
+"""Distances between pairs of cells, over a subsample that does not depend on order or rank.
+
+Where two matrices have as many rows, row i of both is of one cell, and that pair counts nowhere: a
+profile that was drawn from a cell's own image is nearer to that cell than to others, and would make
+the distance too small.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +56,13 @@ def mean_distances(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     a, b
-        Float ``(n, g)`` and ``(m, g)``; the same object leaves out the pairs of a row with itself.
+        Float ``(n, g)`` and ``(m, g)``; if n = m, pairs of a row with its own are left out.
 
     Returns
     -------
     Float64 ``(n,)`` and ``(m,)``, on the CPU.
     """
-    same = a is b
+    same = len(a) == len(b)
     rows = torch.empty(len(a), dtype=torch.float64)
     columns = torch.zeros(len(b), dtype=torch.float64)
     for start, distance in _distances(a, b):
@@ -97,7 +102,7 @@ def mean_kernels(a: Tensor, b: Tensor, bandwidths: Tensor) -> tuple[Tensor, Tens
     bandwidths
         Of the kernels, whose mean is taken, ``(k,)``.
     """
-    same = a is b
+    same = len(a) == len(b)
     rows = torch.empty(len(a), dtype=torch.float64)
     columns = torch.zeros(len(b), dtype=torch.float64)
     for start, distance in _distances(a, b):
@@ -114,13 +119,15 @@ def mean_kernels(a: Tensor, b: Tensor, bandwidths: Tensor) -> tuple[Tensor, Tens
 def energy_distance(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Return the energy distance between two samples, and its standard error over cells.
 
-    ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, Euclidean, pairs of a cell with itself left out
-    (Szekely and Rizzo 2013).
+    ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, Euclidean (Szekely and Rizzo 2013), pairs of a cell
+    with itself left out of each: it is 0 on average where both have one distribution, also where
+    ``y`` is drawn given the image of each cell of ``x``.
 
     Parameters
     ----------
     x, y
-        Profiles, float ``(n, g)`` and ``(m, g)``; NaN where either has fewer than two.
+        Profiles, float ``(n, g)`` and ``(m, g)``; if n = m, of the same cells in the same order.
+        NaN where either has fewer than two.
     """
     if min(len(x), len(y)) < 2:
         return float("nan"), float("nan")
@@ -133,7 +140,7 @@ def energy_distance(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield the Euclidean distances of some rows of ``a``, from which on, to all of ``b``."""
-    same = a is b
+    same = len(a) == len(b)
     centre = a.mean(dim=0)  # so that squares do not drown the differences
     a, b = a - centre, b - centre
     squares = b.square().sum(dim=1)
@@ -155,8 +162,7 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor) -> tuple[float, float]:
     Parameters
     ----------
     x, y
-        True and predicted profiles, float ``(n, g)`` and ``(m, g)``; NaN where either has fewer
-        than two.
+        True and predicted profiles, as for :func:`energy_distance`.
     """
     if min(len(x), len(y)) < 2:
         return float("nan"), float("nan")

@@ -102,8 +102,8 @@ def cdf_of_draws(true: Matrix, draws: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def coverage(pit: Matrix, level: float) -> float:
-    """Return the share of randomised PIT values inside the central interval of a level."""
-    return float((np.abs(pit - 0.5) <= level / 2).mean())
+    """Return the share of randomised PIT values inside the central interval; NaN of none."""
+    return float((np.abs(pit - 0.5) <= level / 2).mean()) if pit.size else float("nan")
 
 
 def interval(draws: Matrix, level: float) -> tuple[Matrix, Matrix]:
@@ -121,28 +121,3 @@ def interval(draws: Matrix, level: float) -> tuple[Matrix, Matrix]:
 def closed_coverage(true: Matrix, low: Matrix, high: Matrix) -> tuple[float, float]:
     """Return the share of true values inside closed intervals, and the mean width of these."""
     return float(((true >= low) & (true <= high)).mean()), float((high - low).mean())
-
-
-def group_mean_coverage(true: Matrix, draws: Matrix, level: float) -> float:
-    """Return the share of group means that lie inside their central interval.
-
-    The mean over many cells is close to continuous, so that plain coverage means something. Draws
-    of different cells are independent given their images, and so is the interval.
-
-    Parameters
-    ----------
-    true
-        Mean of each group, ``(n_groups, g)``, of groups of 50 cells or more.
-    draws
-        Mean of each group in each draw, ``(K, n_groups, g)``.
-    level
-        Of the interval.
-
-    Returns
-    -------
-    The share over groups and genes, NaN of no groups.
-    """
-    if not len(true):
-        return float("nan")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return float(((true >= low) & (true <= high)).mean())

@@ -20,6 +20,17 @@ from phenoseq.evaluation.report import MIN_COUNTS, normalised
 
 Rows = NDArray[np.int64]
 
+#: The baselines of every report: their names, by the layer of ``baselines.zarr``.
+BASELINES = {
+    "training_mean": "training mean",
+    "ridge": "ridge on intensity statistics",
+    "knn": "k nearest neighbours on encoder features",
+    "mlp": "MLP on encoder features",
+    "regressor": "end-to-end regressor",
+    "regressor_nb": "end-to-end regressor + counting noise",
+    "random": "random training cells",
+}
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -83,18 +94,25 @@ class Prediction:
 
     def take_mean(self, cells: Rows) -> NDArray[np.float32]:
         """Return the expected expression of some cells over the scored genes, ``(n, g)``."""
-        return _dense(self.mean.take(self.rows[cells]))[:, self.genes]
+        return self._taken(self.mean, cells)
 
     def take_draw(self, cells: Rows) -> NDArray[np.float32]:
         """Return one draw, or the point where there is none, ``(n, g)``."""
-        one = self.draws[0] if self.draws else self.mean
-        return _dense(one.take(self.rows[cells]))[:, self.genes]
+        return self._taken(self.draws[0] if self.draws else self.mean, cells)
 
     def take_draws(self, cells: Rows) -> NDArray[np.float32]:
         """Return all draws, or the point where there are none, ``(K, n, g)``."""
-        return np.stack(
-            [_dense(d.take(self.rows[cells]))[:, self.genes] for d in self.draws or (self.mean,)]
-        )
+        return np.stack([self._taken(draw, cells) for draw in self.draws or (self.mean,)])
+
+    def _taken(self, matrix: Matrix, cells: Rows) -> NDArray[np.float32]:
+        values = _dense(matrix.take(self.rows[cells]))[:, self.genes]
+        if not np.isfinite(values).all():
+            bad = ~np.isfinite(values).all(axis=1)
+            raise DataError(
+                f"{self.name}: predicts NaN or infinite values, first for cell number "
+                f"{self.rows[cells][bad][0]}; predict these cells again, or leave them out"
+            )
+        return values
 
 
 def open_truth(given: Given, baselines: Given, group: str = "group") -> Truth:
@@ -117,7 +135,9 @@ def open_truth(given: Given, baselines: Given, group: str = "group") -> Truth:
     """
     cells = Cells(given)
     var, known = _element(given, "var"), _element(baselines, "var")
-    facts = _facts(baselines)
+    if "symbol" not in var:
+        var = var.assign(symbol=var.index)
+    facts = facts_of(baselines)
     if "scored" not in known or list(var.index) != list(known.index):
         raise DataError(f"{cells.name}: its genes are not those of the baselines, in their order")
     if group not in cells.obs:
@@ -129,7 +149,8 @@ def open_truth(given: Given, baselines: Given, group: str = "group") -> Truth:
     total, seen = np.zeros(len(cells)), np.zeros(len(var))
     for some in blocks(len(cells)):
         found = _sparse(counts.take(some))
-        if (found.data < 0).any() or (found.data != np.rint(found.data)).any():
+        whole = np.isfinite(found.data) & (found.data >= 0) & (found.data == np.rint(found.data))
+        if not whole.all():
             raise DataError(f"{cells.name}: X are not raw counts; give the table of counts")
         total[some] = np.asarray(found.sum(axis=1)).ravel()
         rich = found[total[some] >= MIN_COUNTS]
@@ -180,16 +201,26 @@ def open_prediction(given: Given, truth: Truth, name: str) -> Prediction:
 
 
 def open_baselines(given: Given, truth: Truth) -> list[Prediction]:
-    """Open all baselines of a file; raises as :func:`open_prediction`."""
+    """Open all baselines of a file.
+
+    Raises
+    ------
+    DataError
+        As :func:`open_prediction`, and where one of :data:`BASELINES` is missing.
+    """
     cells = Cells(given)
     rows = _aligned(cells, _element(given, "var"), truth)
     layers = _layers(given)
+    if missing := [label for key, label in BASELINES.items() if key not in layers]:
+        raise DataError(
+            f"{cells.name}: lacks baselines, {missing}; 'phenoseq evaluate --model M --store S' "
+            "writes all of them"
+        )
     out = []
-    facts = _facts(given)
-    for key, label in zip(facts["baselines"], facts["baseline_names"], strict=True):
+    for key, label in BASELINES.items():
         kept = sum(layer.startswith(f"{key}_draw_") for layer in layers)
         draws = tuple(cells.matrix(f"layers/{key}_draw_{k}") for k in range(kept))
-        out.append(Prediction(str(label), cells.matrix(f"layers/{key}"), draws, rows, truth.genes))
+        out.append(Prediction(label, cells.matrix(f"layers/{key}"), draws, rows, truth.genes))
     return out
 
 
@@ -211,9 +242,10 @@ def _aligned(cells: Cells, var: pd.DataFrame, truth: Truth) -> Rows:
     return np.asarray(rows, dtype=np.int64)
 
 
-def _facts(baselines: Given) -> dict[str, Any]:
+def facts_of(baselines: Given) -> dict[str, Any]:
+    """Return how baselines were fitted; raises DataError where these are none."""
     facts: dict[str, Any] = _element(baselines, "uns").get("phenoseq", {})
-    if "baselines" not in facts:
+    if "median_library" not in facts or "baselines" not in facts:
         name = "the AnnData given" if isinstance(baselines, ad.AnnData) else baselines
         raise DataError(
             f"{name}: holds no baselines; 'phenoseq evaluate --model M --store S' writes them"
@@ -225,7 +257,10 @@ def _element(given: Given, name: str) -> Any:
     """Read ``obs``, ``var`` or ``uns``, and no matrix."""
     if isinstance(given, ad.AnnData):
         return getattr(given, name)
-    return ad.io.read_elem(_node(Path(given))[name])
+    try:
+        return ad.io.read_elem(_node(Path(given))[name])
+    except KeyError as error:
+        raise DataError(f"{given}: is no AnnData, it has no {name!r}") from error
 
 
 def _layers(given: Given) -> list[str]:
@@ -238,7 +273,10 @@ def _layers(given: Given) -> list[str]:
 def _node(path: Path) -> Any:
     if not path.exists():
         raise DataError(f"{path}: no such file")
-    return zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path)
+    try:
+        return zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is no AnnData, .h5ad or .zarr ({error})") from error
 
 
 def _sparse(matrix: Any) -> sparse.csr_matrix:

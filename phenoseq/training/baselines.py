@@ -20,6 +20,7 @@ from phenoseq.data.splits import Split, SplitConfig
 from phenoseq.data.store import Store
 from phenoseq.errors import DataError
 from phenoseq.evaluation.report import normalised, scored_genes
+from phenoseq.evaluation.tables import BASELINES
 from phenoseq.models.phenoseq import PhenoSeq, pool
 from phenoseq.models.pretrained import Pretrained
 from phenoseq.progress import bar
@@ -31,16 +32,6 @@ from phenoseq.training.regressor import (
     train_regressor,
 )
 
-#: Names of the baselines, by the layer that they are kept in.
-BASELINES = {
-    "training_mean": "training mean",
-    "ridge": "ridge on intensity statistics",
-    "knn": "k nearest neighbours on encoder features",
-    "mlp": "MLP on encoder features",
-    "regressor": "end-to-end regressor",
-    "regressor_nb": "end-to-end regressor + counting noise",
-    "random": "random training cells",
-}
 _ALPHAS = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 _NEIGHBOURS = (10, 30, 100)
 #: Cells of the validation part, by which the number of neighbours and of epochs are chosen.
@@ -89,8 +80,9 @@ def fit_baselines(
 
     Returns
     -------
-    ``layers[KEY]`` the mean of each of :data:`BASELINES`; ``layers["KEY_draw_0"]`` and so on (CSR)
-    draws of ``regressor_nb``, and of ``random``, real training cells that ignore the image;
+    ``layers[KEY]`` the mean of each of :data:`~phenoseq.evaluation.tables.BASELINES`;
+    ``layers["KEY_draw_0"]`` and so on (CSR) draws of ``regressor_nb``, and of ``random``, real
+    training cells that ignore the image;
     ``var["scored"]`` the genes seen in more than 2% of the training cells;
     ``uns["phenoseq"]`` the names, and what was chosen.
 
@@ -117,7 +109,6 @@ def fit_baselines(
     statistics, contexts = _features(model, store, {"train": train, "val": val, "test": rows})
     facts: dict[str, Any] = {
         "baselines": list(BASELINES),
-        "baseline_names": list(BASELINES.values()),
         "median_library": median,
         "seed": seed,
         "n_draws": n_draws,

@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from phenoseq.evaluation.tables import BASELINES
+
 N, G, K, MEDIAN = 300, 8, 5, 60.0
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -26,7 +28,8 @@ def cells() -> dict[str, ad.AnnData]:
     """300 cells of 8 genes in 6 blocks: truth, prediction and baselines.
 
     Three cells have too few counts, and the last gene is hardly ever seen. The model knows each
-    cell's rate, up to noise; one baseline is a point, the other has draws of random cells.
+    cell's rate, up to noise. Baselines that are points are all the mean, the others have draws of
+    random cells.
     """
     rng = np.random.default_rng(0)
     rate = (rng.gamma(2, 4, (N, G)) + 3) * np.array([1, 2, 1, 0.5, 3, 1, 1, 1e-4])
@@ -63,14 +66,16 @@ def cells() -> dict[str, ad.AnnData]:
     model.uns["phenoseq"] = {"median_library": MEDIAN, "model": "a model"}
     mean = np.broadcast_to(scaled(counts).mean(axis=0), (N, G)).copy()
     others = scaled(counts[rng.integers(3, N, (K, N))])
-    layers = {"mean": mean, "random": others.mean(axis=0)}
-    layers |= {f"random_draw_{k}": sparse.csr_matrix(one) for k, one in enumerate(others)}
+    layers = dict.fromkeys(BASELINES, mean)
+    for name in ("regressor_nb", "random"):
+        layers[name] = others.mean(axis=0)
+        layers |= {f"{name}_draw_{k}": sparse.csr_matrix(one) for k, one in enumerate(others)}
     baselines = ad.AnnData(obs=obs[[]], var=var, layers=layers)
     baselines.var["scored"] = [True] * (G - 1) + [False]
     baselines.uns["phenoseq"] = {
-        "baselines": ["mean", "random"],
-        "baseline_names": ["training mean", "random training cells"],
+        "baselines": list(BASELINES),
         "median_library": MEDIAN,
+        "regressor": {"config": {"epochs": 3}, "encoder_weights": {}, "steps": 40},
     }
     return {"truth": truth, "model": model, "baselines": baselines}
 

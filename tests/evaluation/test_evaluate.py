@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import pandas as pd
 import pytest
 
 from phenoseq.cli import main
 from phenoseq.evaluation import page
+from phenoseq.evaluation.tables import BASELINES
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def test_what_exists_is_scored(paths, tmp_path, capsys, monkeypatch):
     ]
     facts = json.loads((tmp_path / "out/metrics.json").read_text())
     assert (facts["n_cells"], facts["n_groups"], facts["n_genes"]) == (297, 6, 7)
-    assert [s["name"] for s in facts["scores"]][1:] == ["training mean", "random training cells"]
+    assert [s["name"] for s in facts["scores"]][1:] == list(BASELINES.values())
+    assert facts["regressor"] == {"config": {"epochs": 3}, "encoder_weights": {}, "steps": 40}
     low, high = facts["scores"][1]["differences"]["energy_score"]
     assert low <= high < 0
     scores = pd.read_parquet(tmp_path / "out/scores.parquet")
@@ -63,3 +66,27 @@ def test_baselines_cannot_be_left_out(paths, tmp_path, capsys):
     assert main([a for a in given if a != "--baselines" and "baselines.h5ad" not in a]) == 1
     assert "Baselines are part of every report" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ("out", "is a file; name a folder"),
+        ("text", "is no AnnData"),
+        ("empty", "is no AnnData"),
+        ("h5", "is no AnnData, it has no 'var'"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_told(paths, tmp_path, capsys, broken, told):
+    file = tmp_path / "it"
+    if broken == "empty":
+        file.mkdir()
+    elif broken == "h5":
+        h5py.File(file, "w").close()
+    else:
+        file.write_text("nothing")
+    given = arguments(paths, file if broken == "out" else tmp_path / "out")
+    if broken != "out":
+        given[given.index("--baselines") + 1] = str(file)
+    assert main(given) == 1
+    assert told in capsys.readouterr().err

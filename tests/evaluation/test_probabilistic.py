@@ -12,7 +12,6 @@ from phenoseq.evaluation.probabilistic import (
     coverage,
     crps,
     energy_score,
-    group_mean_coverage,
     interval,
     randomised_pit,
 )
@@ -97,10 +96,3 @@ def test_closed_intervals_cover_more_than_they_say(rng):
     )
     low, high = np.array([[1.0], [1.0]]), np.array([[3.0], [2.0]])
     assert closed_coverage(np.array([[3.0], [2.5]]), low, high) == (0.5, 1.5)
-
-
-def test_group_means_are_covered_as_often_as_said(rng):
-    rate = rng.gamma(2, 1, (200, 1))
-    means = rng.poisson(rate, (61, 60, 200, 1)).mean(axis=1)
-    assert group_mean_coverage(means[0], means[1:], 0.8) == pytest.approx(0.8, abs=0.1)
-    assert np.isnan(group_mean_coverage(means[0, :0], means[1:, :0], 0.8))
