@@ -117,7 +117,8 @@ def predict(
     - ``obs`` positions, ``Metadata_*``, ``ood_score`` (about 1 for images like the training ones),
       ``draw_spread`` (1 where draws differ as much as training cells do, 0 where they agree),
       ``missing_channels``, ``saturated``, ``cut_by_border``;
-    - ``var`` indexed by Ensembl id, with ``symbol`` and ``reliability`` (held-out correlation);
+    - ``var`` indexed by Ensembl id, with ``symbol``, and ``reliability``, the correlation over
+      validation cells, with its 95% interval ``reliability_low`` to ``reliability_high``;
     - ``uns["phenoseq"]`` how it was made.
 
     From features AnnData ``(n_bags, D)`` of embeddings in their own scale, each as of a cell of the

@@ -128,6 +128,13 @@ def evaluate(
             f"{store}: divides its cells otherwise than {name} was trained with, so that its "
             "training cells would be scored; prepare the store with the same options"
         )
+    if not same and opened.manifest.identity == config.training.base.get("identity"):
+        warnings.warn(
+            f"{store}: the model that {name} was fine-tuned from was trained on it, and may have "
+            "seen the cells that are scored",
+            PhenoseqWarning,
+            stacklevel=2,
+        )
     start = _start(loaded, encoder_weights, name)
     folder = _folder(out)
     rows = split.rows(part)

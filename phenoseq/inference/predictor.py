@@ -173,6 +173,9 @@ def var_of(expression: ExpressionConfig, training: TrainingRecord) -> pd.DataFra
     var = pd.DataFrame({"symbol": expression.symbols}, index=index)
     if training.reliability:
         var["reliability"] = np.array(training.reliability, dtype=np.float32)
+    if training.reliability_interval:
+        ends = np.array(training.reliability_interval, dtype=np.float32)
+        var["reliability_low"], var["reliability_high"] = ends.T
     return var
 
 

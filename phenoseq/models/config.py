@@ -222,6 +222,15 @@ def _check_genes(space: ExpressionConfig, training: TrainingRecord, where: str) 
         where,
         ("expression: symbols", space.symbols, space.genes),
         ("training: reliability", training.reliability or space.genes, space.genes),
+        (
+            "training: reliability_interval",
+            training.reliability_interval or space.genes,
+            space.genes,
+        ),
+        *(
+            ("training: reliability_interval: one", ends, ("low", "high"))
+            for ends in training.reliability_interval
+        ),
     )
     check_between(
         where,

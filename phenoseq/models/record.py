@@ -22,6 +22,9 @@ class TrainingRecord:
     reliability
         For each gene the Pearson correlation of predicted and true expression over the validation
         cells, or samples; empty where it was not computed.
+    reliability_interval
+        The 95% interval of each, by resampling the groups of those cells; empty where there is
+        one group, or it was not computed.
     version
         The phenoseq that trained it.
     base
@@ -41,5 +44,6 @@ class TrainingRecord:
     seed: int
     version: str
     reliability: tuple[float, ...] = ()
+    reliability_interval: tuple[tuple[float, ...], ...] = ()
     base: dict[str, str] = field(default_factory=dict)
     encoder_weights: dict[str, str] = field(default_factory=dict)

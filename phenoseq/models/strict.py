@@ -15,7 +15,7 @@ from typing import Any, Literal
 from phenoseq._version import __version__
 from phenoseq.errors import ModelError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 #: The name under which a configuration says which network it is of.
 NETWORK = "network"
@@ -58,6 +58,8 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
         of crops. No encoder started from pretrained weights.
     3 to 4
         The diffusion of models of cells and of samples is not centred.
+    4 to 5
+        The reliability of genes has no interval.
     """
     raw = dict(raw)
     if version < 2:
@@ -72,6 +74,8 @@ def migrate(raw: dict[str, Any], version: int) -> dict[str, Any]:
     for name in ("training", "origin"):
         if version < 3 and isinstance(record := raw.get(name), dict) and "split" in record:
             raw[name] = {"encoder_weights": {}, **record}
+        if version < 5 and isinstance(record := raw.get(name), dict) and "split" in record:
+            raw[name] = {"reliability_interval": [], **record}
     if version < 4 and isinstance(raw.get("diffusion"), dict) and "steps" in raw["diffusion"]:
         raw["diffusion"] = {"centred": False, **raw["diffusion"]}
     return raw | {"schema_version": SCHEMA_VERSION}

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from phenoseq.data.datamodule import StreamDataModule
 from phenoseq.data.handover import Batch
-from phenoseq.evaluation.metrics import pcc_gene
+from phenoseq.evaluation.grouped import Moments, by_group, resamples
 from phenoseq.models.appearance import Appearance
 from phenoseq.models.counts import nb_cdf, nb_quantile
 from phenoseq.models.expression import MIN_LIBRARY, ExpressionSpace
 from phenoseq.models.phenoseq import PhenoSeq
 from phenoseq.models.recalibration import LEAST, Recalibration, fit_recalibration
+from phenoseq.models.record import TrainingRecord
 from phenoseq.models.sample import SamplePhenoSeq
 
-#: Counts, mean and drawn latents, and sample of some cells; see :func:`_drawn`.
+#: Counts, mean and drawn latents, and group of some cells; see :func:`_drawn`.
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _CELLS, _DRAWS = 8192, 16
@@ -41,9 +42,9 @@ def finalise(
     """Fit the out-of-distribution score and recalibration; compute the reliability of each gene.
 
     The score, and the level of each gene (:func:`fit_levels`), are fitted on training cells or
-    bags. The reliability is the Pearson correlation of
-    predicted (mean of 16 draws) and true expression over validation cells, 0 for a constant; of a
-    model of samples over the means of validation samples, where there are eight and more. For the
+    bags. The reliability is the Pearson correlation of predicted and true expression over
+    validation cells, 0 for a constant, with its interval by resampling their groups; of a model of
+    samples over the means of validation samples, where there are eight and more. For the
     recalibration see :func:`recalibration_of`. All is computed where the model is.
 
     Returns
@@ -62,15 +63,36 @@ def finalise(
     model.config = replace(model.config, recalibration=recalibration)
     if recalibration is not None:
         fit_levels(space, drawn, recalibration, seed)
+    return model.with_record(with_reliability(model, space, data, seed))
+
+
+@torch.inference_mode()
+def with_reliability(
+    model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int = 0
+) -> TrainingRecord:
+    """Return the record of a model of genes with how far to trust each; see :func:`finalise`."""
+    record = model.config.training
     profiles = _profiles(model, space, data, seed)
-    truth, predicted, sample = (np.concatenate(part) for part in zip(*profiles, strict=True))
+    truth, predicted, group = (np.concatenate(part) for part in zip(*profiles, strict=True))
+    names, group = np.unique(group, return_inverse=True)
     if isinstance(model, SamplePhenoSeq):
-        truth, predicted = (_means(values, sample) for values in (truth, predicted))
-        if len(truth) < _SAMPLES:
-            return model
-    reliability = np.round(pcc_gene(truth, predicted), 4)
-    training = replace(model.config.training, reliability=tuple(reliability.tolist()))
-    return model.with_record(training)
+        if len(names) < _SAMPLES:
+            return record
+        size = np.bincount(group)[:, None]
+        truth, predicted = (by_group(x, group, len(names)) / size for x in (truth, predicted))
+        group = np.arange(len(names))
+    moments = Moments(len(names), truth.shape[1])
+    moments.add(truth, predicted, group)
+    each = moments.by_gene(np.ones((1, len(names))))[0]
+    ends = np.zeros((0, 2))
+    if len(names) > 1:
+        again = moments.by_gene(resamples(len(names), seed=seed))
+        ends = np.quantile(again, [0.025, 0.975], axis=0).T
+    return replace(
+        record,
+        reliability=tuple(each.round(4).tolist()),
+        reliability_interval=tuple(map(tuple, ends.round(4).tolist())),
+    )
 
 
 @torch.inference_mode()
@@ -172,11 +194,11 @@ def _encode(model: PhenoSeq | SamplePhenoSeq, batch: Batch) -> tuple[Tensor, Ten
 def _profiles(
     model: PhenoSeq | SamplePhenoSeq, space: ExpressionSpace, data: StreamDataModule, seed: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]]:
-    """Yield true and predicted expression of validation cells, and the sample each is of."""
-    for counts, mean, _, sample in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
+    """Yield true and predicted expression of validation cells, and the group each is of."""
+    for counts, mean, _, group in _drawn(model, data, "val", _CELLS, _DRAWS, seed):
         values = space.scaled(counts), space.expected(mean)
         truth, predicted = (x.cpu().numpy() for x in values)
-        yield truth, predicted, sample.cpu().numpy()
+        yield truth, predicted, group.cpu().numpy()
 
 
 def _drawn(
@@ -187,7 +209,11 @@ def _drawn(
     n_draws: int,
     seed: int,
 ) -> Iterator[Drawn]:
-    """Yield counts ``(n, g)``, mean and drawn latents ``(n, [K,] D)``, and sample of some cells."""
+    """Yield counts ``(n, g)``, mean and drawn latents ``(n, [K,] D)``, and group of some cells.
+
+    A group is what was held out together, as a number: such as a block, of samples each its own.
+    """
+    _, group_of = np.unique(data.parts.group, return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
     for batch in data.fixed(part, n_cells, alone=True):
         batch = _placed(model, batch)
@@ -197,17 +223,14 @@ def _drawn(
         context = _encode(model, batch)
         latent = model.generate(context, noise.to(counts.device))
         mean = model.expected(context, latent)
-        sample = batch.get("sample", rows.new_zeros(len(counts)))
+        if "sample" in batch:
+            group = batch["sample"]
+        else:
+            group = torch.from_numpy(group_of[rows.cpu().numpy()]).to(rows)
         keep = batch.get("keep_rna", torch.ones_like(rows, dtype=torch.bool))
         if counts.ndim == 3:
             each = counts.shape[1]
-            mean, latent, sample = (
-                x.repeat_interleave(each, dim=0) for x in (mean, latent, sample)
-            )
+            mean, latent, group = (x.repeat_interleave(each, dim=0) for x in (mean, latent, group))
             counts, keep = counts.flatten(0, 1), keep.flatten()
         keep = keep & (counts.sum(dim=1) >= MIN_LIBRARY)
-        yield counts[keep], mean[keep], latent[keep], sample[keep]
-
-
-def _means(values: NDArray[np.float32], sample: NDArray[np.int64]) -> NDArray[np.float32]:
-    return np.stack([values[sample == one].mean(axis=0) for one in np.unique(sample)])
+        yield counts[keep], mean[keep], latent[keep], group[keep]

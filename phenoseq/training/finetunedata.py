@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from phenoseq.data.datamodule import StoreDataModule
 from phenoseq.data.samplemodule import SampleDataModule
 from phenoseq.data.samplestore import SampleManifest, pairs_by_sample
 from phenoseq.data.selection import SelectedDataModule, SelectedSampleModule
-from phenoseq.data.splits import SplitConfig
+from phenoseq.data.splits import UNASSIGNED, SplitConfig
 from phenoseq.data.store import is_store
 from phenoseq.disk import on_disk
 from phenoseq.errors import DataError
@@ -63,8 +64,9 @@ def open_data(
     Raises
     ------
     DataError
-        Where the store pairs otherwise than the model, holds other things, or divides its cells or
-        samples otherwise than the model was trained with.
+        Where the store pairs otherwise than the model, holds other things, divides its cells or
+        samples otherwise than the model was trained with, or would have it judged by those that
+        trained it.
     """
     record = base.config.training
     own = SplitConfig(**record.split)  # type: ignore[arg-type]
@@ -79,18 +81,32 @@ def open_data(
         data = SelectedSampleModule(store, split, base.config.bag_size, RNA_OF_A_BAG, **how)
         data.setup()
         _check_kind(store, data.opened.manifest, base)
-    if (
-        split == own
-        and record_of(data, seed).identity == record.identity
-        and data.parts.digest != record.split_digest
-    ):
-        raise DataError(
-            f"{store}: divides its cells otherwise than the base model was trained with, "
-            "so that cells it has seen would be tested; prepare the store with the same options"
-        )
+    if record_of(data, seed).identity == record.identity:
+        _check_unseen(data, own, record.split_digest)
     size = int(np.clip(data.n_cells("train") // _BATCHES, _LEAST, _LARGEST))
     data.batch_size = size if isinstance(data, SelectedDataModule) else size // RNA_OF_A_BAG
     return data
+
+
+def _check_unseen(data: Data, own: SplitConfig, digest: str) -> None:
+    """Refuse to judge a model on what its base, of the same store, was trained on."""
+    as_before = copy(data)
+    as_before.split = own
+    del as_before.opened
+    as_before.setup()
+    if as_before.parts.digest != digest:
+        raise DataError(
+            f"{data.store}: divides its cells otherwise than the base model was trained with, "
+            "so that cells it has seen would be tested; prepare the store with the same options"
+        )
+    judged = ~np.isin(data.parts.part, ("train", UNASSIGNED))
+    if seen := int((judged & (as_before.parts.part == "train")).sum()):
+        unit = "cells" if isinstance(data, SelectedDataModule) else "samples"
+        raise DataError(
+            f"{data.store}: {seen} {unit} of validation, calibration or test trained the base "
+            "model; divide the store as the base model was trained with (the default), or so that "
+            "these are others"
+        )
 
 
 def _check_pairing(store: str | Path, base: PhenoSeq | SamplePhenoSeq) -> None:

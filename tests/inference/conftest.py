@@ -86,6 +86,7 @@ def make_model(plate, crops) -> Callable[..., PhenoSeq]:
                 seed=seed,
                 version="0",
                 reliability=tuple(np.linspace(0, 0.59, 60).tolist()),
+                reliability_interval=((-0.1, 0.7),) * 60,
             ),
             encoder=EncoderConfig(backbone="test_resnet", channel_mode="separate"),
             denoiser=DenoiserConfig(dim=32, depth=2, heads=2),

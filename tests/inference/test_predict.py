@@ -57,6 +57,7 @@ def test_cells_and_genes_are_those_of_source_and_model(predicted, plate, model):
     assert tuple(predicted.var_names) == config.expression.genes
     assert tuple(predicted.var["symbol"]) == config.expression.symbols
     np.testing.assert_allclose(predicted.var["reliability"], config.training.reliability, atol=1e-6)
+    assert np.allclose(predicted.var[["reliability_low", "reliability_high"]], (-0.1, 0.7))
     assert set(predicted.layers) == set(LAYERS)
     assert set(predicted.obsm) == {"X_phenoseq", "spatial"}
     assert predicted.X.dtype == np.float32

@@ -57,7 +57,7 @@ def of_features(model):
 @pytest.fixture(scope="module")
 def of_crops(model):
     of = model.config
-    training = replace(of.training, reliability=())
+    training = replace(of.training, reliability=(), reliability_interval=())
     return awake(
         SampleConfig(of.image, of.expression, training, of.encoder, bag_size=4), model.expression
     )

@@ -39,6 +39,7 @@ CONFIG = PhenoSeqConfig(
         seed=3,
         version="0.1",
         reliability=(0.25, -0.5),
+        reliability_interval=((0.1, 0.4), (-0.7, 0.0)),
     ),
     encoder=EncoderConfig("test_vit", "separate", "batch"),
     denoiser=DenoiserConfig(8, 1, 2, 1),
@@ -84,7 +85,9 @@ def test_round_trip_of_declared_groups():
 
 def test_round_trip_of_defaults():
     plain = PhenoSeqConfig(
-        CONFIG.image, CONFIG.expression, replace(CONFIG.training, reliability=())
+        CONFIG.image,
+        CONFIG.expression,
+        replace(CONFIG.training, reliability=(), reliability_interval=()),
     )
     assert PhenoSeqConfig.from_json(plain.to_json(), WHERE) == plain
 
@@ -228,6 +231,8 @@ def test_a_missing_field_is_named(name):
         ("training__split", ["by"]),
         ("training__split", {"by": True}),
         ("training__reliability", 0.5),
+        ("training__reliability_interval", [[0.1, 0.2]]),
+        ("training__reliability_interval", [[0.1, 0.2], [0.1]]),
     ],
 )
 def test_a_wrong_type_is_refused_by_name(name, value):

@@ -322,6 +322,21 @@ def test_a_store_that_divides_otherwise_than_the_base_is_refused(base, store, mo
         tuned(base, store)
 
 
+def test_a_split_that_judges_by_cells_of_the_base_is_refused(base, store, no_training):
+    wells = store.obs()["Metadata_Well"]
+    part = split_of(store, SPLIT).part
+    of = {name: sorted(set(wells[part == name])) for name in ("train", "val", "test")}
+    (*rest, last), val, test = of.values()
+    leaky = SplitConfig(
+        "Metadata_Well", None, declared={"train": rest, "val": [last], "test": test}
+    )
+    n = int((wells == last).sum())
+    with pytest.raises(DataError, match=f"{n} cells of validation, .* trained the base model"):
+        tuned(base, store, split=leaky)
+    fewer = SplitConfig("Metadata_Well", None, declared={"train": rest, "val": val, "test": test})
+    assert tuned(base, store, split=fewer)
+
+
 def test_the_command(folder, store, tmp_path, capsys, no_training):
     genes = tmp_path / "genes.txt"
     genes.write_text("\n".join(store.manifest.genes[:30]))

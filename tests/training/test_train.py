@@ -51,6 +51,10 @@ def test_trains_and_leaves_a_model(arguments, store, tmp_path, capsys, monkeypat
     assert record.split["by"] == "Metadata_Well"
     assert len(record.reliability) == 60
     assert np.mean(record.reliability) > 0.05
+    low, high = np.array(record.reliability_interval).T  # over validation wells
+    assert len(low) == 60
+    assert (low <= high).all()
+    assert np.mean((low <= record.reliability) & (record.reliability <= high)) > 0.9
     prediction = phenoseq.predict(store.path, model=model, n_samples=4, device="cpu")
     assert 0.5 < np.median(prediction.obs["ood_score"]) < 2
 

@@ -1,7 +1,7 @@
 """Models saved by older versions load, and give what they gave.
 
 One folder a schema version and network in ``frozen/``: written by the last commit of that version
-(version 1: c98cd2b, 2: 19393f1, 3: 872f8a7), with what it computed from the inputs in
+(version 1: c98cd2b, 2: 19393f1, 3: 872f8a7, 4: fb320be), with what it computed from the inputs in
 ``expected.safetensors``. They are never written again; a new version adds a folder of the one
 before.
 """
