@@ -35,6 +35,21 @@ def add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("-o", "--out", help="folder for metrics, tables and report.html")
     add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate, n_samples=32)
+    only = ("split", "regressor", "epochs", "encoder_weights", "n_samples", "steps", "device")
+    evaluate.set_defaults(
+        of_models={name: evaluate.get_default(name) for name in only},
+        of_tables={"group": evaluate.get_default("group")},
+    )
+
+
+def _refuse(options: argparse.Namespace, defaults: dict[str, object], why: str) -> None:
+    """Refuse options that would say nothing."""
+    from phenoseq.errors import DataError
+
+    given = [name for name, default in defaults.items() if getattr(options, name) != default]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise DataError(f"{names}: {why}; leave out what has no effect")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -43,6 +58,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from phenoseq.scoring import evaluate, evaluate_tables
 
     if options.model and options.store and not options.prediction:
+        _refuse(options, options.of_tables, "a model is scored by the groups of its split")
         scores = evaluate(
             options.model,
             options.store,
@@ -57,6 +73,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             encoder_weights=options.encoder_weights,
         )
     elif options.truth and options.baselines and options.out and not options.model:
+        _refuse(options, options.of_models, "nothing is predicted or fitted for tables")
         scores = evaluate_tables(
             options.prediction,
             options.truth,

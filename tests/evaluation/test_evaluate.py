@@ -69,6 +69,16 @@ def test_baselines_cannot_be_left_out(paths, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("--split", "val"), ("--n-samples", "4"), ("--encoder-weights", "hub")]
+)
+def test_options_that_would_say_nothing_are_refused(paths, tmp_path, capsys, option, value):
+    assert main([*arguments(paths, tmp_path / "out"), option, value]) == 1
+    assert f"{option}: nothing is predicted or fitted" in capsys.readouterr().err
+    assert main(["evaluate", "--model", "m", "--store", "s", "--group", "g"]) == 1
+    assert "--group: a model is scored by the groups of its split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("broken", "told"),
     [
         ("out", "is a file; name a folder"),

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import phenoseq
 from phenoseq.data.readers import open_source
 from phenoseq.data.splits import SplitConfig, make_split
-from phenoseq.models.appearance import Appearance
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ood.py"
 spec = importlib.util.spec_from_file_location("ood", BENCHMARK)
@@ -23,7 +21,7 @@ spec.loader.exec_module(ood)
 
 @pytest.mark.long
 def test_what_is_grossly_wrong_is_told_from_held_out_tissue(shared_data):
-    """With the pixels of training cells of eight blocks, and the contexts that the model knows."""
+    """By the released model as it is."""
     model = phenoseq.load_model("xenium-pancreas")
     image = model.config.image
     source = open_source(shared_data / "xenium_pancreas")
@@ -34,17 +32,12 @@ def test_what_is_grossly_wrong_is_told_from_held_out_tissue(shared_data):
         occupied=source.obs,
     )
 
-    def tissue(part, n_blocks, n):
-        names, sizes = np.unique(split.group[split.rows(part)], return_counts=True)
-        names = names[sizes >= n][:: max((sizes >= n).sum() // n_blocks, 1)][:n_blocks]
-        same = dict(zip(source.channels, image.channels, strict=True))
-        blocks = [(split.part == part) & (split.group == name) for name in names]
-        each = [replace(source, obs=source.obs[block].iloc[:n]) for block in blocks]
-        return np.concatenate([ood.crops_of(some, image, same) for some in each])
-
-    known = torch.from_numpy(tissue("train", 8, 50))
-    model.with_image(appearance=Appearance.fit(model.pixels(known)))
-    held_out = tissue("val", 3, 30)
+    names, sizes = np.unique(split.group[split.rows("val")], return_counts=True)
+    names = names[sizes >= 30][::5][:3]
+    same = dict(zip(source.channels, image.channels, strict=True))
+    blocks = [(split.part == "val") & (split.group == name) for name in names]
+    each = [replace(source, obs=source.obs[block].iloc[:30]) for block in blocks]
+    held_out = np.concatenate([ood.crops_of(some, image, same) for some in each])
     kinds = {k: v for k, v in ood.altered(held_out).items() if k in ood.GROSS}
     kinds["MERSCOPE"] = ood.crops_of(open_source(shared_data / "merscope"), image, ood.MERSCOPE)[
         :90
