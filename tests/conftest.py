@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from torchvision.models import VisionTransformer
 from phenoseq.data.source import FieldImage, Level, Source
 from phenoseq.models.features import FeatureConfig
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+#: Real data, which not every machine has.
+SHARED = Path(
+    os.environ.get("PHENOSEQ_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data")
+)
 
 #: Stains as the instrument names them, in the order of its files.
 XENIUM_STAINS = ("DAPI", "ATP1A1/CD45/E-Cadherin", "18S", "AlphaSMA/Vimentin")
@@ -44,7 +48,7 @@ def _same_random_numbers() -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED.is_dir():
-        pytest.skip("shared data absent: the tests of real data need ../shared/data")
+        pytest.skip(f"real data absent: no folder {SHARED}; PHENOSEQ_DATA names another")
     return SHARED
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -295,7 +296,7 @@ def _genes(config: Config) -> str:
     share = sum(value > 0.3 for value in values) / len(values)
     return (
         "Correlation of predicted and measured expression over validation cells, gene by gene "
-        f'(`var["reliability"]`): median {values[len(values) // 2]:.2f}; above 0.3 for '
+        f'(`var["reliability"]`): median {statistics.median(values):.2f}; above 0.3 for '
         f"{share:.0%} of the genes.\n\n"
         f"- best: {named(ranked[:_ENDS])}\n- worst: {named(ranked[-_ENDS:])}\n"
     )

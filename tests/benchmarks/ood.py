@@ -1,8 +1,8 @@
 """How well ``ood_score`` tells other images from held-out tissue, on cells of a Xenium store.
 
-    python tests/benchmarks/ood.py STORE.zarr [MODEL] [SHARED_DATA]
+    python tests/benchmarks/ood.py STORE.zarr [MODEL] [FOLDER]
 
-AUROC of each kind of image against the validation cells as they are. ``SHARED_DATA`` holds the
+AUROC of each kind of image against the validation cells as they are. ``FOLDER`` holds the
 folders ``merscope`` and ``cell_painting/pediatric``; their stains are given the names of the
 model's, so that what is found is not merely a stain that is missing.
 """

@@ -187,7 +187,7 @@ def sampling(model: PublishedPhenoSeq, plain: Plain, features: Tensor, runs: int
     )
     print(
         "| draws a bag | plain, a step | ours, 20 steps | times faster | by multiplications | "
-        "at least | 50 published steps / ours at equal error | at least | and with DDIM |"
+        "target | 50 published steps / ours at equal error | target | and with DDIM |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for draws, least, at_once in ((1, "4", False), (16, "9", False), (16, "", True)):
@@ -231,7 +231,7 @@ def training(model: PublishedPhenoSeq, features: Tensor, runs: int) -> None:
     with torch.inference_mode(False), torch.enable_grad():
         one, eight = alternate(lambda: step(1), lambda: step(8), runs=runs)
     model.eval()
-    print("\n| targets a bag | targets a second | ratio | at least |\n|---|---|---|---|")
+    print("\n| targets a bag | targets a second | ratio | target |\n|---|---|---|---|")
     print(f"| 1 | {BAGS / one:.1f} | 1 | |")
     print(f"| 8 | {8 * BAGS / eight:.1f} | {8 * one / eight:.2f} | 3 |")
 

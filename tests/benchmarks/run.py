@@ -1,7 +1,7 @@
 """Every benchmark, one after the other: `make bench`.
 
-Those on the Xenium section need its folder, PHENOSEQ_XENIUM, by default
-../shared/data/xenium_pancreas.
+Those on the Xenium section need its folder, PHENOSEQ_XENIUM, by default xenium_pancreas in
+PHENOSEQ_DATA, by default ../shared/data. Folders of other data are looked for beside it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SECTION = Path(
-    os.environ.get("PHENOSEQ_XENIUM", HERE.parents[1].parent / "shared/data/xenium_pancreas")
-)
+DATA = Path(os.environ.get("PHENOSEQ_DATA", HERE.parents[1].parent / "shared/data"))
+SECTION = Path(os.environ.get("PHENOSEQ_XENIUM", DATA / "xenium_pancreas"))
 
 
 def bench(title: str, *arguments: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_the_figures_of_a_card_are_those_of_the_evaluation(name):
     assert find(name).metrics == metrics
     (row,) = re.findall(rf"^\| {name} \|.*$", find(name).card, re.MULTILINE)
     assert f"| {measured['pcc_gene_median']:.3f} |" in row
+
+
+@pytest.mark.parametrize("name", [n for n, e in ENTRIES.items() if isinstance(e.source, Embedded)])
+def test_the_median_reliability_of_a_card_is_a_median(name):
+    """Of an even number of genes, too: the simulated plate has 60."""
+    config = json.loads((find(name).folder / "config.json").read_text())
+    median = statistics.median(config["training"]["reliability"])
+    assert f'(`var["reliability"]`): median {median:.2f};' in find(name).card
 
 
 @each

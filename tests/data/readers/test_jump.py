@@ -451,7 +451,7 @@ def test_real_field(shared_data, tmp_path):
     """A field of a plate of JUMP with its table, as they stand."""
     folder = shared_data / "cell_painting" / "jump"
     if not folder.is_dir():
-        pytest.skip("cell_painting/jump absent: no such folder in the shared data")
+        pytest.skip("cell_painting/jump absent: no such folder in the real data")
     (tmp_path / "BR.parquet").symlink_to(folder / "BR00117006_shrunken.parquet")
     row = {"Metadata_Plate": "BR00117006", "Metadata_Well": "A01", "Metadata_Site": "1"}
     for stain, channel in (("AGP", 2), ("RNA", 3), ("DNA", 5)):

@@ -486,7 +486,7 @@ def test_identity_changes_with_what_it_covers(xenium_folder, rewrite_cells, rewr
 def test_real_section(shared_data):
     folder = shared_data / "xenium_pancreas"
     if not folder.is_dir():
-        pytest.skip("xenium_pancreas absent: no such folder in the shared data")
+        pytest.skip("xenium_pancreas absent: no such folder in the real data")
     source = open_source(folder)
     assert source.channels == FOUR
     assert source.pixel_size == 0.2125
