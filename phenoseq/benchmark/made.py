@@ -58,7 +58,7 @@ class Made:
         return self._copied("imaging", matrix, self.data.cells)
 
     def real(self, rng: np.random.Generator) -> Modality:
-        """Return an RNA cell of its sample for each cell, all of them equally often."""
+        """Return an RNA cell of its sample for each cell, in turn in a random order."""
         obs = self.data.sequenced.obs
         theirs = obs[SAMPLE].to_numpy(dtype=str)
         ours = self.data.images.obs[SAMPLE].to_numpy(dtype=str)[self.data.cells]

@@ -131,12 +131,16 @@ def test_the_study_of_encoders(example, store, file, tmp_path, monkeypatch):
     study = example("encoder_study")
     encoder = EncoderConfig("test_resnet", norm="batch")
     monkeypatch.setattr(study, "ENCODERS", {"a": (encoder, False), "b": (encoder, True)})
+    monkeypatch.setattr(study, "AUGMENTATIONS", {study.RELEASED: (8, 0.1), "none": (1, 0.0)})
     monkeypatch.setattr(study, "SplitConfig", lambda: SplitConfig("Metadata_Well", None, test=0.2))
     args = [str(tmp_path / "out"), str(store.path), "--weights", str(file), "--encoders", "a", "b"]
+    args += ["--augmentations", "all"]
     study.main(args)
     rows = pd.read_csv(tmp_path / "out/results.csv")
-    assert list(rows["encoder"]) == ["a", "b"]
+    assert list(rows["encoder"]) == ["ridge on intensities", "a", "a", "b", "b"]
+    assert list(rows["augmentation"][1:]) == [study.RELEASED, "none"] * 2
     assert rows["pcc_gene"].between(-1, 1).all()
+    assert rows["pcc_gene"].nunique() == 5
     monkeypatch.setattr(regression, "_RegressorModule", None)  # nothing is trained again
     study.main(args)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out/results.csv"), rows)
