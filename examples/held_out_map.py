@@ -3,7 +3,7 @@
     python examples/held_out_map.py STORE.zarr xenium-pancreas docs/images/xenium_pancreas.png
 
 The genes shown are those at the 100th, 95th, 75th and 50th percentile of `pcc_gene`, so the picture
-has good and middling ones. Cells of the test blocks only: no choice and no training saw them.
+has good and middling ones. Cells of the test blocks only, which no training saw.
 """
 
 from __future__ import annotations
