@@ -2,14 +2,19 @@
 
     phenoseq prepare XENIUM_FOLDER section.zarr
     python examples/section_samples.py XENIUM_FOLDER section.zarr samples.zarr
-    phenoseq train --data SampleDataModule --data.store samples.zarr --data.n_images 16 \
-        --data.split '{by: part, block: null, declared: {train: [train], val: [val]}}' \
-        --model.encoder.backbone regnetx_002 --trainer.max_epochs 16 \
-        --trainer.gradient_clip_val 1.0 --trainer.default_root_dir runs/section-samples
+    phenoseq train --data SampleDataModule --data.store samples.zarr --data.n_images 16 \\
+        --data.n_rna 16 --data.batch_size 8 \\
+        --data.split '{by: part, block: null, declared: {train: [train], val: [val]}}' \\
+        --model.encoder '{backbone: tf_efficientnet_lite0, channel_mode: joint, norm: batch}' \\
+        --model.encoder_weights tf_efficientnet_lite0.safetensors --model.components 64 \\
+        --model.denoiser '{dim: 128, depth: 2, heads: 4, tokens: 1}' --model.diffusion.steps 10 \\
+        --trainer.max_epochs 8 --trainer.gradient_clip_val 1.0 --export best \\
+        --trainer.default_root_dir runs/section-samples
     python examples/section_labels.py section.zarr OUT --model runs/section-samples/model
 
-A model trained on it knows which sample an image cell and an RNA cell are of, as in scGeneScope,
-and not which of them are the same cell. Only training and validation blocks are in it.
+The pretrained weights are as examples/embed_study.py writes them. A model trained on it knows which
+sample an image cell and an RNA cell are of, as in scGeneScope, and not which of them are the same
+cell. Only training and validation blocks are in it.
 """
 
 from __future__ import annotations

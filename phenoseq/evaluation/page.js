@@ -167,3 +167,8 @@ for (const kind of ["best", "median", "worst"]) {
 
 // facts
 tell(facts);
+const fitted = facts.regressor || {}, start = fitted.encoder_weights || {};
+if (fitted.config) tell({
+  "regressor: epochs": fitted.config.epochs,
+  "regressor: encoder started from": start.file || start.name || "nothing pretrained"
+});
