@@ -52,7 +52,9 @@ class Fit:
         self.names = [name for name in every if counts[name] > 1]
         self.single = [name for name in every if counts[name] == 1]
         if not self.names:
-            raise DataError("no treatment has two wells; a change has no certainty without")
+            raise DataError(
+                "no treatment has two wells that are not set apart; one has no certainty"
+            )
         self._label, self._plate, self._control = label, plate, control
         plates = plate[:, None] == np.unique(plate)
         self._design = np.hstack([plates, label[:, None] == np.array(every)]).astype(np.float64)

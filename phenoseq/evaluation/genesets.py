@@ -48,7 +48,7 @@ def read_gene_sets(path: str | Path) -> pd.DataFrame:
     if len(bad):
         first = bad.iloc[0]
         raise DataError(
-            f"{path}: {len(bad)} weights are no numbers, e.g. {first['weight']!r} of "
+            f"{path}: {len(bad)} weights are no numbers, e.g. '{first['weight']}' of "
             f"{first['target']} in {first['source']}; correct them or leave their rows out"
         )
     table["weight"] = weight.astype(np.float64)

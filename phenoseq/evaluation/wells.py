@@ -53,7 +53,8 @@ def well_profiles(prediction: Given, treatment: str) -> ad.AnnData:
             raise DataError(
                 f"{cells.name}: obs has no column {column!r}; it has {list(obs.columns)}"
             )
-        if obs[column].isna().any() or (obs[column].astype(str) == "").any():
+    for column in (WELL, PLATE, treatment):
+        if column in obs and (obs[column].isna() | (obs[column].astype(str) == "")).any():
             raise DataError(f"{cells.name}: some cells have no {column}")
     plate = obs[PLATE].astype(str) if PLATE in obs else pd.Series("plate", index=obs.index)
     keys = pd.MultiIndex.from_arrays([plate, obs[WELL].astype(str)], names=[PLATE, WELL])

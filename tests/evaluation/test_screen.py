@@ -230,6 +230,7 @@ def test_plates_are_brought_onto_the_scale_of_their_controls():
         (lambda a: a.obs.drop(columns="Metadata_Well"), "no column 'Metadata_Well'"),
         (lambda a: a.obs.assign(Metadata_Treatment="drug1"), r"'DMSO'; .* has \['drug1'\]"),
         (lambda a: a.obs.assign(ood_score=np.nan), r"ood_score.* in 28 of 28 wells, e.g. p0/0-0"),
+        (lambda a: a.obs.assign(Metadata_Plate=None), "some cells have no Metadata_Plate"),
         (lambda a: a.obs.assign(Metadata_Well="w"), "more than one Metadata_Treatment"),
     ],
 )
@@ -285,7 +286,7 @@ def test_gene_sets_move_with_their_genes(tmp_path):
         ("empty.gmt", "UP\n", "no gene sets in it"),
         ("other.csv", "a,b\n1,2\n", "neither a .gmt nor a CSV"),
         ("text.csv", "source,target,weight\nA,G1,x\nA,G2,1\n", "1 weights .* 'x' of G1 in A"),
-        ("none.csv", "source,target,weight\nA,G1,\nA,G2,1\n", "1 weights are no numbers"),
+        ("none.csv", "source,target,weight\nA,G1,\nA,G2,1\n", "1 weights .* 'nan' of G1"),
     ],
 )
 def test_what_gene_sets_lack_is_said(tmp_path, name, text, said):
