@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -20,6 +19,7 @@ from phenoseq.evaluation.genesets import ulm, weight_matrix
 from phenoseq.evaluation.screen_page import write_screen_page
 from phenoseq.evaluation.wells import (
     PLATE,
+    Mask,
     Normalisation,
     hold_out,
     normalise_plates,
@@ -164,22 +164,17 @@ def screen(
     label, plate = (wells.obs[column].to_numpy().astype(str) for column in (treatment, PLATE))
     if control not in label:
         raise DataError(f"no well of {control!r}; {treatment} has {np.unique(label)[:20].tolist()}")
-    facts: dict[str, Any] = {"treatment": treatment, "control": control, "normalise": normalise}
-    facts |= {"q_limit": q_limit, "permutations": permutations, "seed": seed}
-    apart, fitted = np.zeros((2, len(label)), dtype=bool)
-    if "ood_score" in wells.obs:
-        scores = wells.obs["ood_score"].to_numpy()
-        facts["max_ood"] = usual_limit(scores[label == control]) if max_ood is None else max_ood
-        apart = scores > facts["max_ood"]
+    is_control = label == control
+    apart, max_ood = _set_apart(wells, is_control, max_ood)
+    fitted = np.zeros(len(label), dtype=bool)
     if normalise != "none":
-        fitted[~apart] = hold_out(
-            plate[~apart], label[~apart] == control, np.random.default_rng(seed)
-        )
+        draw = np.random.default_rng(seed)
+        fitted[~apart] = hold_out(plate[~apart], is_control[~apart], draw)
         wells.X = normalise_plates(np.asarray(wells.X), plate, fitted, normalise)
     wells.obs["set_apart"], wells.obs["fitted_on"] = apart, fitted
     used = ~(apart | fitted)
-    values, label, plate = np.asarray(wells.X)[used], label[used], plate[used]
-    fit = Fit(values, label, plate, control)
+    values, plate = np.asarray(wells.X)[used], plate[used]
+    fit = Fit(values, label[used], plate, control)
     symbols = pd.Index(wells.var.get("symbol", wells.var_names)).astype(str)
     once = np.flatnonzero(~symbols.duplicated())
     weights = {name: weight_matrix(table, symbols[once]) for name, table in sets.items()}
@@ -223,11 +218,28 @@ def screen(
         score, p = np.array(scored[name]).swapaxes(0, 1)
         changes.obsm[name] = pd.DataFrame(score, fit.names, table.columns)
         changes.obsm[f"{name}_q"] = pd.DataFrame(_q(p), fit.names, table.columns)
-    facts["wells_set_apart"] = wells.obs_names[apart].tolist()
-    facts["treatments_of_one_well"] = fit.single
-    changes.uns["screen"] = facts
+    changes.uns["screen"] = {
+        "treatment": treatment,
+        "control": control,
+        "normalise": normalise,
+        "max_ood": max_ood,
+        "q_limit": q_limit,
+        "permutations": permutations,
+        "seed": seed,
+        "wells_set_apart": wells.obs_names[apart].tolist(),
+        "treatments_of_one_well": fit.single,
+    }
     ranking = obs.sort_values(["p", "activity"], ascending=[True, False])
     return Screen(changes, ranking, wells)
+
+
+def _set_apart(wells: ad.AnnData, is_control: Mask, max_ood: float | None) -> tuple[Mask, float]:
+    """Return which wells are set apart, and the limit of their mean ``ood_score``."""
+    if "ood_score" not in wells.obs:
+        return np.zeros(len(is_control), dtype=bool), np.inf
+    scores = wells.obs["ood_score"].to_numpy()
+    limit = usual_limit(scores[is_control]) if max_ood is None else max_ood
+    return scores > limit, limit
 
 
 def _q(p: Float) -> Float:

@@ -109,7 +109,7 @@ def usual_limit(scores: Float) -> float:
     """
     usual = float(np.median(scores))
     spread = 1.4826 * float(np.median(np.abs(scores - usual)))
-    return min(usual + max(usual / 2, 6 * spread), 2.0)
+    return round(min(usual + max(usual / 2, 6 * spread), 2.0), 3)
 
 
 def hold_out(plate: NDArray[Any], control: Mask, rng: np.random.Generator) -> Mask:
