@@ -53,7 +53,7 @@ class Fit:
         self.single = [name for name in every if counts[name] == 1]
         if not self.names:
             raise DataError(
-                "no treatment has two wells that are not set apart; one has no certainty"
+                "no treatment has two wells that count; the change of one well has no certainty"
             )
         self._label, self._plate, self._control = label, plate, control
         plates = plate[:, None] == np.unique(plate)
