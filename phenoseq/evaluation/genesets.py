@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-from scipy import stats
+from numpy.typing import NDArray
 
 from phenoseq.errors import DataError
 
@@ -36,59 +35,79 @@ def read_gene_sets(path: str | Path) -> pd.DataFrame:
         else:
             table = pd.read_csv(path).rename(columns={"pathway": "source", "gene": "target"})
             table = table[["source", "target", "weight"]]
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file of gene sets") from error
+    except OSError as error:
+        raise DataError(f"{path}: no file of gene sets there ({error.strerror})") from error
     except (KeyError, ValueError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: neither a .gmt nor a CSV with source, target and weight ({error})"
         ) from error
     if table.empty:
         raise DataError(f"{path}: no gene sets in it")
+    weight = pd.to_numeric(table["weight"], errors="coerce")
+    bad = table[~np.isfinite(weight)]
+    if len(bad):
+        first = bad.iloc[0]
+        raise DataError(
+            f"{path}: {len(bad)} weights are no numbers, e.g. '{first['weight']}' of "
+            f"{first['target']} in {first['source']}; correct them or leave their rows out"
+        )
+    table["weight"] = weight.astype(np.float64)
     return table.drop_duplicates(["source", "target"], ignore_index=True)
 
 
-def score_gene_sets(changes: ad.AnnData, sets: pd.DataFrame, name: str | Path) -> None:
-    """Score each set on each treatment's t statistics, by a univariate linear model.
+def weight_matrix(sets: pd.DataFrame, symbols: pd.Index) -> pd.DataFrame:
+    """Return the weight of each gene in each set, zero outside it.
 
-    The score is the t of the slope of the genes' statistics on their weights in the set, zero
-    outside it (decoupleR's ulm; Badia-i-Mompel et al. 2022). Sets with fewer than five of the
-    predicted genes are left out. Only predicted genes are the background: a score tells whether a
-    set moves more than the rest of the panel.
+    Sets with fewer than five of the genes are left out.
 
     Parameters
     ----------
-    changes
-        Of :func:`~phenoseq.evaluation.screen.screen`.
     sets
         From :func:`read_gene_sets`.
-    name
-        Their file; its stem S names what is added to ``changes``: ``obsm["S"]``, the scores,
-        treatments by sets, and ``obsm["S_q"]``, their q values (Benjamini-Hochberg, over all).
+    symbols
+        Of the predicted genes, each once.
+
+    Returns
+    -------
+    Genes by sets.
 
     Raises
     ------
     DataError
-        Where decoupler is not installed, or no set has enough of the genes.
+        Where no set has enough of the genes.
     """
-    try:
-        import decoupler
-    except ImportError as error:
-        raise DataError("gene sets need decoupler: pip install 'phenoseq[evaluation]'") from error
-    symbols = changes.var.get("symbol", pd.Series(changes.var_names, index=changes.var_names))
-    t = pd.DataFrame(
-        np.asarray(changes.layers["t"]), index=changes.obs_names, columns=symbols.astype(str)
-    )
-    t = t.loc[:, ~t.columns.duplicated()]
-    known = sets[sets["target"].isin(t.columns)]
-    enough = known.groupby("source")["target"].transform("size") >= MIN_GENES
-    known = known[enough]
+    known = sets[sets["target"].isin(symbols)]
+    known = known[known.groupby("source")["target"].transform("size") >= MIN_GENES]
     if known.empty:
         raise DataError(
-            f"no gene set has {MIN_GENES} of the {t.shape[1]} predicted genes; are its targets "
+            f"no gene set has {MIN_GENES} of the {len(symbols)} predicted genes; are its targets "
             "symbols?"
         )
-    score, _ = decoupler.mt.ulm(data=t, net=known, tmin=MIN_GENES, verbose=False)
-    p = 2 * stats.t.sf(np.abs(score.to_numpy()), t.shape[1] - 2)
-    q = stats.false_discovery_control(p.ravel()).reshape(p.shape)
-    changes.obsm[Path(name).stem] = score
-    changes.obsm[f"{Path(name).stem}_q"] = pd.DataFrame(q, score.index, score.columns)
+    table = known.pivot_table("weight", "target", "source")
+    return table.reindex(symbols).fillna(0.0)
+
+
+def ulm(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the t of the slope of values on weights over genes, for each profile and set.
+
+    The univariate linear model of decoupleR (Badia-i-Mompel et al. 2022). The genes given are the
+    background: a score tells whether a set moves more than the rest of them. Genes are not
+    independent, so the score is compared with what it is where labels of wells are exchanged, not
+    with Student's distribution.
+
+    Parameters
+    ----------
+    values
+        Statistics of genes, ``(n, n_genes)``.
+    weights
+        ``(n_genes, n_sets)``.
+
+    Returns
+    -------
+    ``(n, n_sets)``; 0 where values or weights are constant.
+    """
+    y = values - values.mean(axis=1, keepdims=True)
+    x = weights - weights.mean(axis=0)
+    scale = np.linalg.norm(y, axis=1)[:, None] * np.linalg.norm(x, axis=0)
+    r = (y @ x) / scale.clip(1e-12)
+    return np.asarray(r * np.sqrt((len(x) - 2) / (1 - r**2).clip(1e-12)))

@@ -49,14 +49,15 @@ const unpack = packed => {
 const trueOf = unpack(data.scatter.true), meanOf = unpack(data.scatter.mean);
 const jitter = (() => { let s = 1; return () => { s = (s * 16807) % 2147483647; return s / 2147483647 - .5; }; })();
 const spread = Array.from({ length: data.scatter.true.n }, () => jitter() * .06);
-const plate = (wells, values) => {
+const plates = (plate, wells, values) => {  // one map under the other, each below a row with its name
+  const places = wells.map((w, i) => [plate[i], w.replace(/\d.*/, "").toUpperCase(), parseInt(w.replace(/^\D*/, ""), 10) || 0]);
   const sums = new Map();
-  wells.forEach((w, i) => { const s = sums.get(w) || [0, 0]; sums.set(w, [s[0] + values[i], s[1] + 1]); });
-  const split = w => [w.replace(/\d.*/, "").toUpperCase(), parseInt(w.replace(/^\D*/, ""), 10) || 0];
-  const rows = [...new Set(wells.map(w => split(w)[0]))].sort(), columns = [...new Set(wells.map(w => split(w)[1]))].sort((a, b) => a - b);
-  const z = rows.map(() => columns.map(() => null));
-  sums.forEach((s, w) => { const [r, c] = split(w); z[rows.indexOf(r)][columns.indexOf(c)] = s[0] / s[1]; });
-  return { rows, columns: columns.map(String), z };
+  places.map(String).forEach((k, i) => { const s = sums.get(k) || [0, 0]; sums.set(k, [s[0] + values[i], s[1] + 1]); });
+  const names = [...new Set(plate)].sort(), columns = [...new Set(places.map(p => p[2]))].sort((a, b) => a - b);
+  const rows = names.flatMap(name => [...names.length > 1 ? [[name, ""]] : [],
+    ...[...new Set(places.filter(p => p[0] === name).map(p => p[1]))].sort().map(row => [name, row])]);
+  const z = rows.map(row => columns.map(c => { const s = sums.get(String([...row, c])); return s ? s[0] / s[1] : null; }));
+  return { labels: rows.map(([name, row]) => row || name), columns: columns.map(String), z };
 };
 function choose(g) {
   at("choice").value = g;
@@ -72,11 +73,14 @@ function choose(g) {
     annotations: ["true", "predicted"].map((text, i) => ({ text, x: .23 + .54 * i, y: 1.08, xref: "paper", yref: "paper", showarrow: false })) };
   if (map.kind === "plate") {
     at("map-caption").textContent = "Mean of " + symbol + " in each well, of the cells drawn here.";
-    const traces = [x, y].map((v, i) => { const p = plate(map.well, v);
-      return { type: "heatmap", x: p.columns, y: p.rows, z: p.z, coloraxis: i ? "coloraxis2" : "coloraxis", xaxis: i ? "x2" : "x", yaxis: i ? "y2" : "y" }; });
+    const maps = [x, y].map(v => plates(map.plate, map.well, v)), labels = maps[0].labels;
+    at("map").style.height = Math.max(400, 14 * labels.length) + "px";
+    const rows = { autorange: "reversed", tickvals: labels.map((_, k) => k), ticktext: labels };
+    const traces = maps.map((p, i) => {
+      return { type: "heatmap", x: p.columns, y: labels.map((_, k) => k), z: p.z, coloraxis: i ? "coloraxis2" : "coloraxis", xaxis: i ? "x2" : "x", yaxis: i ? "y2" : "y" }; });
     const bar = at => ({ colorscale: "Viridis", colorbar: { x: at, len: .8, thickness: 8, tickfont: { size: 10 } } });
-    draw("map", traces, { ...two, xaxis: { domain: [0, .4], type: "category" }, xaxis2: { ...two.xaxis2, domain: [.56, .94], type: "category" }, yaxis: { autorange: "reversed" },
-      yaxis2: { ...two.yaxis2, autorange: "reversed" }, coloraxis: bar(.41), coloraxis2: bar(.95) }, "Plate map of " + symbol + ", true and predicted");
+    draw("map", traces, { ...two, xaxis: { domain: [0, .4], type: "category" }, xaxis2: { ...two.xaxis2, domain: [.56, .94], type: "category" }, yaxis: rows,
+      yaxis2: { ...two.yaxis2, ...rows }, coloraxis: bar(.41), coloraxis2: bar(.95) }, "Plate map of " + symbol + ", true and predicted");
   } else {
     at("map-caption").textContent = symbol + " at each cell, micrometres; each map has its own colours, dark is low.";
     const traces = [x, y].map((v, i) => ({ x: map.x, y: map.y, type: "scatter", mode: "markers", showlegend: false, hoverinfo: "skip",

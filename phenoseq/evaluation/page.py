@@ -150,7 +150,9 @@ def _places(truth: Truth, cells: Rows) -> dict[str, Any] | None:
     """Return where the drawn cells are: their wells on a plate, or their place in the tissue."""
     obs = truth.obs.iloc[cells]
     if "Metadata_Well" in obs:
-        return {"kind": "plate", "well": obs["Metadata_Well"].astype(str).tolist()}
+        plates = obs["Metadata_Plate"] if "Metadata_Plate" in obs else pd.Series("", obs.index)
+        well = obs["Metadata_Well"].astype(str).tolist()
+        return {"kind": "plate", "plate": plates.astype(str).tolist(), "well": well}
     if "x_centroid" in obs and "y_centroid" in obs:
         x, y = (
             np.round(obs[c].to_numpy(dtype=float), 1).tolist() for c in ("x_centroid", "y_centroid")

@@ -55,7 +55,7 @@ choose(0);
 
 // gene sets
 at("sets-what").textContent = data.sets.length ? "t of the slope of the genes' statistics on their weights in each set (univariate linear model), " +
-  "against the other predicted genes; a star where q is below " + facts.q_limit + ". The sets that move most, of the first treatments."
+  "against the other predicted genes; a star where q, from the same exchanges of labels, is below " + facts.q_limit + ". The sets that move most, of the first treatments."
   : "No gene sets were given (--gene-sets).";
 data.sets.forEach((s, i) => {
   const figure = make("figure", null, at("set-plots"));
@@ -79,11 +79,13 @@ data.sets.forEach((s, i) => {
 
 // wells
 {
-  const w = data.wells.map(([well, treatment, cells, score, apart]) => ({ well, treatment, cells, score, apart })), apart = w.filter(x => x.apart);
-  at("wells-what").textContent = (apart.length ? apart.length + " of " + w.length + " wells are set apart and count nowhere: their images lie too far from those that the model was trained on (score above "
-    : "None of " + w.length + " wells is set apart (score above ") + facts.max_ood + ")." +
+  const w = data.wells.map(([well, treatment, cells, score, apart, fitted]) => ({ well, treatment, cells, score, apart, fitted })), apart = w.filter(x => x.apart);
+  const fitted = w.filter(x => x.fitted).length, known = w.some(x => x.score !== null);
+  at("wells-what").textContent = (!known ? "The prediction has no ood_score, by which wells are set apart." : apart.length ? apart.length + " of " + w.length + " wells are set apart and count nowhere: their images lie too far from those that the model was trained on (score above "
+    : "None of " + w.length + " wells is set apart (score above ") + (known ? show(facts.max_ood, 2) + ")." : "") +
+    (fitted ? " The normalisation was fitted on " + fitted + " control wells, which count nowhere else." : "") +
     (facts.n_single ? " Not scored for having one well: " + facts.n_single + " treatments." : "");
-  if (w.every(x => x.score === null)) at("wells-figure").hidden = true;
+  if (!known) at("wells-figure").hidden = true;
   else draw("strange", [["used", false, "#0b5fa5", "circle"], ["set apart", true, "#d1570a", "x"]].map(([name, is, color, symbol]) => {
     const some = w.map((x, i) => [x, i]).filter(([x]) => x.apart === is);
     return { name, type: "scatter", mode: "markers", x: some.map(([, i]) => i), y: some.map(([x]) => x.score), hoverinfo: "text+y",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,18 @@ from scipy import stats
 
 from phenoseq.data.backed import Given
 from phenoseq.errors import DataError
+from phenoseq.evaluation.exchange import Fit, first_and_p, retrieval
+from phenoseq.evaluation.genesets import ulm, weight_matrix
 from phenoseq.evaluation.screen_page import write_screen_page
-from phenoseq.evaluation.treatments import map_replicate
-from phenoseq.evaluation.wells import PLATE, Normalisation, normalise_plates, well_profiles
+from phenoseq.evaluation.wells import (
+    PLATE,
+    Mask,
+    Normalisation,
+    hold_out,
+    normalise_plates,
+    usual_limit,
+    well_profiles,
+)
 
 Float = NDArray[np.float64]
 
@@ -29,13 +39,15 @@ class Screen:
     changes
         Treatments by genes: ``X`` the change against the controls, ``layers`` ``lower`` and
         ``upper`` (95% interval over wells), ``t``, ``p`` and ``q``; ``obs`` the ranking;
-        ``obsp["similarity"]`` the correlation of two treatments' changes.
+        ``obsp["similarity"]`` the correlation of two treatments' changes; of gene sets S,
+        ``obsm["S"]`` the scores and ``obsm["S_q"]`` their q.
     ranking
         Treatments, the most active first: ``activity``, ``p``, ``q``, ``n_wells``, ``n_cells``,
         ``n_genes`` (those with q below the limit), ``top_genes``.
     wells
         The wells by genes, normalised; ``obs["set_apart"]`` marks those whose images lie too far
-        from the training images to be believed, which count nowhere else.
+        from the training images to be believed, and ``obs["fitted_on"]`` the controls that the
+        normalisation was fitted on: neither count elsewhere.
     """
 
     changes: ad.AnnData
@@ -43,9 +55,9 @@ class Screen:
     wells: ad.AnnData
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``changes.h5ad``, ``wells.h5ad``, CSV of ranking, genes and gene sets, and a page.
+        """Write ``changes.h5ad``, ``wells.h5ad``, CSV of ranking and genes, and a page.
 
-        The page, ``screen.html``, opens offline.
+        Scores of gene sets go into ``gene_sets/``. The page, ``screen.html``, opens offline.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +66,8 @@ class Screen:
         self.ranking.to_csv(folder / "ranking.csv")
         self.genes().to_csv(folder / "genes.csv", index=False)
         for name, scores in self.changes.obsm.items():
-            scores.to_csv(folder / f"{name}.csv")
+            (folder / "gene_sets").mkdir(exist_ok=True)
+            scores.to_csv(folder / "gene_sets" / f"{name}.csv")
         write_screen_page(folder / "screen.html", self)
         return folder
 
@@ -79,9 +92,10 @@ def screen(
     treatment: str = "Metadata_Treatment",
     control: str,
     normalise: Normalisation = "none",
-    max_ood: float = 2.0,
+    max_ood: float | None = None,
     q_limit: float = 0.05,
     permutations: int = 2000,
+    gene_sets: Mapping[str, pd.DataFrame] | None = None,
     replicates: bool = False,
     seed: int = 0,
 ) -> Screen:
@@ -89,13 +103,14 @@ def screen(
 
     Wells are the unit: their profiles are means over cells, ``plate + treatment`` is fitted to them
     gene by gene by least squares (variance pooled over treatments), and each treatment is compared
-    with the controls by Student's t over wells. ``q`` controls the false discovery rate over all
-    treatments and genes together (Benjamini and Hochberg 1995).
+    with the controls by Student's t over wells. ``q`` of genes controls the false discovery rate
+    over all treatments and genes together (Benjamini and Hochberg 1995).
 
-    ``activity`` is the mean over genes of the squared t, over what it is when the labels of the
-    treatment's and the control's wells are exchanged at random within plates: 1 for nothing. Its
-    ``p`` is the share of exchanges that give as much (Phipson and Smyth 2010), ``q`` is over
-    treatments.
+    All else is tested by exchanging the labels of the treatment's and the control's wells at random
+    within plates, and fitting anew each time: ``p`` is the share of exchanges that give as much
+    (Phipson and Smyth 2010), which is exact where a treatment does nothing, whatever the genes
+    share. ``activity`` is the mean over genes of the squared t, over what it is under exchange: 1
+    for nothing. Its ``q`` is over treatments, that of gene sets over treatments and sets of a file.
 
     Parameters
     ----------
@@ -105,16 +120,24 @@ def screen(
     treatment, control
         Column of ``obs``, and the value of it that marks the controls.
     normalise
-        See :func:`~phenoseq.evaluation.wells.normalise_plates`.
+        See :func:`~phenoseq.evaluation.wells.normalise_plates`. Half of each plate's control wells
+        are fitted on, and treatments compared with the other half
+        (:func:`~phenoseq.evaluation.wells.hold_out`).
     max_ood
-        Wells with a higher mean ``ood_score`` (1 is usual in training images) are set apart.
+        Wells with a higher mean ``ood_score`` are set apart; by default
+        :func:`~phenoseq.evaluation.wells.usual_limit` of the control wells.
     q_limit
         False discovery rate of the genes counted in the ranking.
-    permutations, seed
-        Exchanges of labels, and the seed they are drawn by.
+    permutations
+        Exchanges of labels of each treatment. No p is below one over their number.
+    gene_sets
+        By name, from :func:`~phenoseq.evaluation.genesets.read_gene_sets`, scored by
+        :func:`~phenoseq.evaluation.genesets.ulm`.
     replicates
         Whether to add ``map`` and its ``map_q``: how well wells of a treatment find each other
-        among the controls (:func:`~phenoseq.evaluation.treatments.map_replicate`; needs copairs).
+        among the controls (:func:`~phenoseq.evaluation.exchange.retrieval`).
+    seed
+        Of all that is drawn.
 
     Raises
     ------
@@ -131,51 +154,70 @@ def screen(
     >>> ", ".join(sorted(screen(prediction, control="DMSO").ranking.index))
     'drugA, drugB, drugC'
     """
+    if permutations < 1:
+        raise DataError(f"{permutations} permutations; a p takes one exchange of labels or more")
+    sets = gene_sets or {}
+    for name in sets:
+        if f"{name}_q" in sets:
+            raise DataError(f"gene sets {name!r} and '{name}_q': rename one, _q marks q values")
     wells = well_profiles(prediction, treatment)
-    names = wells.obs[treatment].to_numpy().astype(str)
-    if control not in names:
-        raise DataError(f"no well of {control!r}; {treatment} has {sorted(set(names))[:20]}")
-    apart = np.zeros(len(names), dtype=bool)
-    if "ood_score" in wells.obs:
-        apart = wells.obs["ood_score"].to_numpy() > max_ood
-    wells.X = normalise_plates(wells, treatment, control, normalise)
-    wells.obs["set_apart"] = apart
-    used = wells[~apart]
-    fit = _Fit(used, treatment, control)
-    permuted = [
-        fit.permuted(name, permutations, np.random.default_rng([seed, i]))
-        for i, name in enumerate(fit.names)
-    ]
-    observed = np.array([values[0] for values in permuted])
-    usual = np.array([values[1:].mean() for values in permuted])
-    p = np.array([(values >= values[0] * (1 - 1e-9)).mean() for values in permuted])
+    label, plate = (wells.obs[column].to_numpy().astype(str) for column in (treatment, PLATE))
+    if control not in label:
+        raise DataError(f"no well of {control!r}; {treatment} has {np.unique(label)[:20].tolist()}")
+    is_control = label == control
+    apart, max_ood = _set_apart(wells, is_control, max_ood)
+    fitted = np.zeros(len(label), dtype=bool)
+    if normalise != "none":
+        draw = np.random.default_rng(seed)
+        fitted[~apart] = hold_out(plate[~apart], is_control[~apart], draw)
+        wells.X = normalise_plates(np.asarray(wells.X), plate, fitted, normalise)
+    wells.obs["set_apart"], wells.obs["fitted_on"] = apart, fitted
+    used = ~(apart | fitted)
+    values, plate = np.asarray(wells.X)[used], plate[used]
+    fit = Fit(values, label[used], plate, control)
+    symbols = pd.Index(wells.var.get("symbol", wells.var_names)).astype(str)
+    once = np.flatnonzero(~symbols.duplicated())
+    weights = {name: weight_matrix(table, symbols[once]) for name, table in sets.items()}
+    activity, maps = [], []
+    scored: dict[str, list[Float]] = {name: [] for name in sets}
+    for i in range(len(fit.names)):
+        pool, drawn = fit.exchange(i, permutations, np.random.default_rng([seed, i]))
+        t = fit.exchanged(i, pool, drawn)
+        squares = (t**2).mean(axis=1)
+        activity.append(first_and_p(squares / squares[1:].mean()))
+        for name, table in weights.items():
+            scored[name].append(first_and_p(ulm(t[:, once], table.to_numpy())))
+        if replicates:
+            maps.append(first_and_p(retrieval(values[pool], plate[pool], drawn)))
     p_gene = 2 * stats.t.sf(np.abs(fit.t), fit.freedom)
-    q_gene = stats.false_discovery_control(p_gene.ravel()).reshape(p_gene.shape)
+    q_gene = _q(p_gene)
     half = stats.t.ppf(0.975, fit.freedom) * fit.error
-    groups = used.obs.groupby(treatment, observed=True)
-    symbols = wells.var["symbol"].astype(str) if "symbol" in wells.var else wells.var_names
+    groups = wells.obs[used].groupby(treatment, observed=True)
     first = np.argsort(p_gene, axis=1)[:, :5]
+    tested = np.array(activity)
     obs = pd.DataFrame(
         {
-            "activity": observed / usual,
-            "p": p,
-            "q": stats.false_discovery_control(p),
+            "activity": tested[:, 0],
+            "p": tested[:, 1],
+            "q": _q(tested[:, 1]),
             "n_wells": groups.size()[fit.names].to_numpy(),
             "n_cells": groups["n_cells"].sum()[fit.names].to_numpy(),
             "n_genes": (q_gene < q_limit).sum(axis=1),
-            "top_genes": [" ".join(np.asarray(symbols)[row]) for row in first],
+            "top_genes": [" ".join(symbols[row]) for row in first],
         },
         index=pd.Index(fit.names, name="treatment"),
     )
     if replicates:
-        centred = _centred(used, treatment, control)
-        found = map_replicate(centred, used.obs, treatment, control=control, seed=seed)
-        obs["map"] = found["map"].reindex(fit.names).to_numpy()
-        obs["map_q"] = found["corrected_p_value"].reindex(fit.names).to_numpy()
+        obs["map"], p_map = np.array(maps).T
+        obs["map_q"] = _q(p_map)
     layers = {"lower": fit.change - half, "upper": fit.change + half}
     layers |= {"t": fit.t, "p": p_gene, "q": q_gene}
     changes = ad.AnnData(fit.change, obs=obs, var=wells.var.copy(), layers=layers)
     changes.obsp["similarity"] = np.atleast_2d(np.corrcoef(fit.change))
+    for name, table in weights.items():
+        score, p = np.array(scored[name]).swapaxes(0, 1)
+        changes.obsm[name] = pd.DataFrame(score, fit.names, table.columns)
+        changes.obsm[f"{name}_q"] = pd.DataFrame(_q(p), fit.names, table.columns)
     changes.uns["screen"] = {
         "treatment": treatment,
         "control": control,
@@ -191,82 +233,15 @@ def screen(
     return Screen(changes, ranking, wells)
 
 
-def _centred(wells: ad.AnnData, treatment: str, control: str) -> Float:
-    """Return the profiles with the mean of each plate's controls subtracted."""
-    values = np.array(wells.X, dtype=np.float64)
-    label, plate = wells.obs[treatment].to_numpy(), wells.obs[PLATE].to_numpy()
-    for one in np.unique(plate):
-        values[plate == one] -= values[(plate == one) & (label == control)].mean(axis=0)
-    return values
+def _set_apart(wells: ad.AnnData, is_control: Mask, max_ood: float | None) -> tuple[Mask, float]:
+    """Return which wells are set apart, and the limit of their mean ``ood_score``."""
+    if "ood_score" not in wells.obs:
+        return np.zeros(len(is_control), dtype=bool), np.inf
+    scores = wells.obs["ood_score"].to_numpy()
+    limit = usual_limit(scores[is_control]) if max_ood is None else max_ood
+    return scores > limit, limit
 
 
-class _Fit:
-    """Least squares of ``plate + treatment`` to the profiles of wells, control and plates free.
-
-    Attributes
-    ----------
-    names
-        Treatments with two wells or more, without the control.
-    single
-        Those with one, which are not scored.
-    change, error, t
-        Of each against the control, ``(n_treatments, n_genes)``.
-    freedom
-        Degrees of freedom of the residuals.
-    """
-
-    def __init__(self, wells: ad.AnnData, treatment: str, control: str) -> None:
-        label = wells.obs[treatment].to_numpy().astype(str)
-        plate = wells.obs[PLATE].to_numpy().astype(str)
-        bare = sorted(set(plate) - set(plate[label == control]))
-        if bare:
-            raise DataError(f"plates without a well of {control!r} (or all set apart): {bare}")
-        counts = pd.Series(label).value_counts()
-        every = sorted(set(label) - {control})
-        self.names = [name for name in every if counts[name] > 1]
-        self.single = [name for name in every if counts[name] == 1]
-        if not self.names:
-            raise DataError("no treatment has two wells; a change has no certainty without")
-        self._values = np.asarray(wells.X, dtype=np.float64)
-        self._label, self._plate, self._control = label, plate, control
-        plates = (plate[:, None] == np.unique(plate)).astype(np.float64)
-        design = np.hstack([plates, (label[:, None] == np.array(every)).astype(np.float64)])
-        inverse = np.linalg.pinv(design.T @ design)
-        coefficients = inverse @ design.T @ self._values
-        residual = self._values - design @ coefficients
-        self.freedom = len(design) - np.linalg.matrix_rank(design)
-        if self.freedom < 1:
-            raise DataError("as many treatments and plates as wells; nothing is left to compare")
-        variance = (residual**2).sum(axis=0) / self.freedom
-        variance += 1e-6 * variance.mean() + 1e-30  # genes that do not vary
-        self._sd = np.sqrt(variance)
-        place = [plates.shape[1] + every.index(name) for name in self.names]
-        self.change: Float = coefficients[place]
-        self.error: Float = np.sqrt(np.diag(inverse)[place])[:, None] * self._sd
-        self.t: Float = self.change / self.error
-
-    def permuted(self, name: str, times: int, rng: np.random.Generator) -> Float:
-        """Return the mean squared t of a treatment: as it is, then with labels exchanged.
-
-        Labels are exchanged within plates, and the difference is that to the controls of the same
-        plate, plates weighted by their wells.
-
-        Returns
-        -------
-        ``(1 + times,)``.
-        """
-        scaled = self._values / self._sd
-        differences = np.zeros((1 + times, scaled.shape[1]))
-        total = 0.0
-        for plate in np.unique(self._plate[self._label == name]):
-            here = self._plate == plate
-            own, known = (scaled[here & (self._label == x)] for x in (name, self._control))
-            pool, n = np.concatenate([own, known]), len(own)
-            weight = n * (len(pool) - n) / len(pool)
-            order = np.tile(np.arange(len(pool)), (1 + times, 1))
-            rng.permuted(order[1:], axis=1, out=order[1:])
-            drawn = order < n
-            split = drawn / n - ~drawn / (len(pool) - n)
-            differences += weight * (split @ pool)
-            total += weight
-        return np.asarray((differences**2).mean(axis=1) / total)
+def _q(p: Float) -> Float:
+    """Return the q values of Benjamini and Hochberg over all of an array."""
+    return np.asarray(stats.false_discovery_control(p.ravel())).reshape(p.shape)

@@ -90,13 +90,12 @@ def _similarity(changes: ad.AnnData) -> dict[str, Any]:
 
 
 def _wells(wells: ad.AnnData, treatment: str) -> list[list[Any]]:
-    """Return name, treatment, cells, score, and whether it is set apart, of each well."""
+    """Return name, treatment, cells, score, whether set apart and fitted on, of each well."""
     obs = wells.obs
     scores = obs["ood_score"] if "ood_score" in obs else np.full(len(obs), np.nan)
-    columns = (obs.index, obs[treatment], obs["n_cells"], scores, obs["set_apart"])
-    return [
-        [w, str(t), int(n), _number(s), bool(a)] for w, t, n, s, a in zip(*columns, strict=True)
-    ]
+    marks = (obs["set_apart"], obs["fitted_on"])
+    columns = zip(obs.index, obs[treatment], obs["n_cells"], scores, *marks, strict=True)
+    return [[w, str(t), int(n), _number(s), bool(a), bool(f)] for w, t, n, s, a, f in columns]
 
 
 def _number(value: Any) -> Any:

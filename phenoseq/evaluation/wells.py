@@ -1,8 +1,8 @@
-"""Wells of a screen: mean predicted expression of each, and plates brought onto one scale."""
+"""Wells of a screen: mean predicted expression, which are set apart, plates on one scale."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -18,6 +18,11 @@ PLATE, WELL = "Metadata_Plate", "Metadata_Well"
 #: direction in which the controls happen not to differ is not blown up.
 _SHRINK = 0.1
 _BLOCK = 4096
+#: Fewest control wells of a plate that is normalised.
+_CONTROLS = 6
+
+Float = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 def well_profiles(prediction: Given, treatment: str) -> ad.AnnData:
@@ -39,7 +44,7 @@ def well_profiles(prediction: Given, treatment: str) -> ad.AnnData:
     Raises
     ------
     DataError
-        Where a column is missing or empty, or a well has two treatments.
+        Where a column is missing or empty, a well has two treatments, or values are no numbers.
     """
     cells = Cells(prediction)
     obs = cells.obs
@@ -48,7 +53,8 @@ def well_profiles(prediction: Given, treatment: str) -> ad.AnnData:
             raise DataError(
                 f"{cells.name}: obs has no column {column!r}; it has {list(obs.columns)}"
             )
-        if obs[column].isna().any() or (obs[column].astype(str) == "").any():
+    for column in (WELL, PLATE, treatment):
+        if column in obs and (obs[column].isna() | (obs[column].astype(str) == "")).any():
             raise DataError(f"{cells.name}: some cells have no {column}")
     plate = obs[PLATE].astype(str) if PLATE in obs else pd.Series("plate", index=obs.index)
     keys = pd.MultiIndex.from_arrays([plate, obs[WELL].astype(str)], names=[PLATE, WELL])
@@ -75,48 +81,97 @@ def well_profiles(prediction: Given, treatment: str) -> ad.AnnData:
         score = obs["ood_score"].to_numpy(dtype=np.float64)
         table["ood_score"] = np.bincount(code, score, minlength=len(wells)) / number
     table.index = pd.Index([f"{p}/{w}" for p, w in wells], name="well")
+    _finite(total, "X", table.index, cells.name)
+    if "ood_score" in table:
+        _finite(table[["ood_score"]].to_numpy(), "obs['ood_score']", table.index, cells.name)
     return ad.AnnData(total / number[:, None], obs=table, var=cells.var.copy())
 
 
-def normalise_plates(
-    wells: ad.AnnData, treatment: str, control: str, how: Normalisation
-) -> NDArray[np.float64]:
-    """Bring each plate onto the scale of its own control wells, which alone are fitted on.
+def _finite(values: Float, what: str, wells: pd.Index, name: str) -> None:
+    bad = wells[~np.isfinite(values).all(axis=1)]
+    if len(bad):
+        raise DataError(
+            f"{name}: {what} has values that are no finite numbers, in {len(bad)} of {len(wells)} "
+            f"wells, e.g. {bad[0]}; leave these cells out, or predict them again"
+        )
+
+
+def usual_limit(scores: Float) -> float:
+    """Return the mean ``ood_score`` above which wells are set apart, from that of the controls.
+
+    Half more than the median of the control wells, or six standard deviations of theirs (by the
+    median absolute deviation) where that is more, and 2 at most: 1 is usual in training images.
 
     Parameters
     ----------
-    wells
-        From :func:`well_profiles`.
-    treatment, control
-        Column of ``obs``, and the value that marks control wells.
-    how
-        ``"none"`` leaves the values; ``"standardise"`` subtracts the mean of the plate's controls
-        and divides by their standard deviation, gene by gene; ``"sphere"`` gives them unit
-        covariance too (ZCA, Kessy et al. 2018). Variances are shrunk by a tenth of their mean.
+    scores
+        Of the control wells, ``(n,)``.
+    """
+    usual = float(np.median(scores))
+    spread = 1.4826 * float(np.median(np.abs(scores - usual)))
+    return round(min(usual + max(usual / 2, 6 * spread), 2.0), 3)
+
+
+def hold_out(plate: NDArray[Any], control: Mask, rng: np.random.Generator) -> Mask:
+    """Draw the half of each plate's control wells that a normalisation is fitted on.
+
+    What is fitted on a well flatters it: controls that fitted a sphere spread less in it than any
+    other well. So those that fit are not those that treatments are compared with, which are then
+    normalised as treated wells are, and comparisons are as valid as without a normalisation.
+
+    Parameters
+    ----------
+    plate, control
+        Plate of each well, and whether it is a control, ``(n_wells,)``.
+    rng
+        What they are drawn by.
 
     Returns
     -------
-    ``(n_wells, n_genes)``.
+    ``(n_wells,)``.
 
     Raises
     ------
     DataError
-        Where a plate has fewer than three control wells.
+        Where a plate has fewer than six control wells.
     """
-    values = np.asarray(wells.X, dtype=np.float64)
+    fitted = np.zeros(len(plate), dtype=bool)
+    for one in np.unique(plate):
+        known = np.flatnonzero((plate == one) & control)
+        if len(known) < _CONTROLS:
+            raise DataError(
+                f"plate {one}: {len(known)} control wells that are not set apart; to normalise a "
+                f"plate takes {_CONTROLS} or more, half to fit on and half to compare with (leave "
+                "the plate out, or choose the normalisation 'none')"
+            )
+        fitted[rng.choice(known, len(known) // 2, replace=False)] = True
+    return fitted
+
+
+def normalise_plates(values: Float, plate: NDArray[Any], fitted: Mask, how: Normalisation) -> Float:
+    """Bring each plate onto the scale of some of its wells.
+
+    Parameters
+    ----------
+    values
+        Profiles of wells, ``(n_wells, n_genes)``.
+    plate, fitted
+        Plate of each well, and whether it is fitted on, ``(n_wells,)``; see :func:`hold_out`.
+    how
+        ``"none"`` leaves the values; ``"standardise"`` subtracts the mean of the plate's fitted
+        wells and divides by their standard deviation, gene by gene; ``"sphere"`` gives them unit
+        covariance too (ZCA, Kessy et al. 2018). Variances are shrunk by a tenth of their mean.
+
+    Returns
+    -------
+    ``(n_wells, n_genes)``; NaN on plates without a fitted well.
+    """
     if how == "none":
         return values
-    out = np.empty_like(values)
-    plates = wells.obs[PLATE].to_numpy()
-    is_control = wells.obs[treatment].to_numpy() == control
-    for plate in np.unique(plates):
-        here = plates == plate
-        known = values[here & is_control]
-        if len(known) < 3:
-            raise DataError(
-                f"plate {plate}: {len(known)} wells of {control!r}; to {how} a plate takes three "
-                "or more (or choose the normalisation 'none')"
-            )
+    out = np.full_like(values, np.nan)
+    for one in np.unique(plate[fitted]):
+        here = plate == one
+        known = values[here & fitted]
         centred = values[here] - known.mean(axis=0)
         spread = known - known.mean(axis=0)
         if how == "standardise":

@@ -74,6 +74,16 @@ def test_one_file_that_asks_for_nothing(report):
     assert sorted(p.name for p in report.parent.iterdir()) == ["report.html"]
 
 
+def test_wells_are_told_apart_by_plate(cells):
+    table = cells["truth"].copy()
+    table.obs["Metadata_Well"] = "A01"
+    alone = page._places(open_truth(table, cells["baselines"]), np.arange(2))
+    assert alone == {"kind": "plate", "plate": ["", ""], "well": ["A01", "A01"]}
+    table.obs["Metadata_Plate"] = np.where(np.arange(len(table)) < 100, "p1", "p2")
+    places = page._places(open_truth(table, cells["baselines"]), np.array([0, 200]))
+    assert places == alone | {"plate": ["p1", "p2"]}
+
+
 def test_umap_where_it_is_installed(monkeypatch):
     class Fake:
         def __init__(self, **how):

@@ -14,10 +14,12 @@ import phenoseq
 from phenoseq.cli import main
 from phenoseq.data.simulate import simulate_plate
 from phenoseq.errors import DataError
-from phenoseq.evaluation.genesets import read_gene_sets, score_gene_sets
+from phenoseq.evaluation.exchange import Fit, retrieval
+from phenoseq.evaluation.genesets import read_gene_sets
 from phenoseq.evaluation.screen import Screen, screen
 from phenoseq.evaluation.screen_page import write_screen_page
-from phenoseq.evaluation.wells import normalise_plates, well_profiles
+from phenoseq.evaluation.treatments import map_replicate
+from phenoseq.evaluation.wells import hold_out, normalise_plates, usual_limit, well_profiles
 
 GENES = 60
 
@@ -56,16 +58,45 @@ def test_active_treatments_come_first(normalise):
     assert (result.ranking["q"][active] < 0.05).all()
 
 
-def test_nothing_is_called_where_nothing_happens():
-    called, genes, p = 0, 0, []
-    for seed in range(12):
-        result = screen(plates([0.0] * 12, seed), control="DMSO", permutations=300)
-        called += int((result.ranking["q"] < 0.05).any())
-        genes += int((result.changes.layers["q"] < 0.05).any())
+def program_sets():
+    """Return for each program of the simulated genes the dozen that follow it most."""
+    programs = np.random.default_rng(99).standard_normal((5, GENES))
+    rows = [(f"P{k}", f"G{g}", 1.0) for k in range(5) for g in np.argsort(-programs[k])[:12]]
+    return pd.DataFrame(rows, columns=["source", "target", "weight"])
+
+
+@pytest.mark.parametrize("normalise", ["none", "standardise", "sphere"])
+@pytest.mark.parametrize(
+    ("treatments", "screens", "design"),
+    [
+        (1, 60, {"wells": 4, "controls": 4, "n_plates": 1}),
+        (1, 60, {"wells": 2, "controls": 3, "n_plates": 3}),
+        (12, 15, {"wells": 2, "controls": 6, "n_plates": 2}),
+        (12, 15, {"wells": 4, "controls": 8, "n_plates": 1, "noise": 5.0}),  # independent genes
+    ],
+)
+def test_nothing_is_called_where_nothing_happens(normalise, treatments, screens, design):
+    """Screens in which something is called are a twentieth, and p is uniform."""
+    if normalise != "none":
+        design = design | {"controls": 2 * design["controls"]}  # half are fitted on
+    called, p = np.zeros(4), []
+    for seed in range(screens):
+        result = screen(
+            plates([0.0] * treatments, seed, cells=4, **design),
+            control="DMSO",
+            normalise=normalise,
+            permutations=300,
+            gene_sets={"programs": program_sets()},
+            replicates=True,
+        )
+        q = [result.ranking["q"], result.changes.layers["q"]]
+        q += [result.changes.obsm["programs_q"].to_numpy(), result.ranking["map_q"]]
+        called += [(x < 0.05).any() for x in q]
         p += result.ranking["p"].tolist()
-    assert called <= 3  # of 12 screens, of which a twentieth may
-    assert genes <= 3
-    assert 0.3 < np.mean(p) < 0.7
+    most = stats.binom.ppf(0.99, screens, 0.05)
+    assert (called <= most).all(), called
+    assert np.mean(p) > 0.5 - 2.5 * np.sqrt(1 / 12 / len(p)), np.mean(p)
+    assert np.mean(np.array(p) <= 0.05) <= stats.binom.ppf(0.99, len(p), 0.05) / len(p)
 
 
 def test_change_and_interval_against_students_t():
@@ -103,40 +134,103 @@ def test_files_of_any_size_give_the_same(tmp_path):
     pd.testing.assert_frame_equal(ours.ranking, theirs.ranking)
 
 
-def test_strange_wells_are_set_apart():
+@pytest.mark.parametrize("normalise", ["none", "standardise", "sphere"])
+def test_strange_wells_are_set_apart(normalise):
+    """They count nowhere: the screen is as it is without them."""
     adata = plates([1.0, 0.0], 6)
-    strange = (adata.obs["Metadata_Well"] == "1-0").to_numpy()
+    strange = adata.obs["Metadata_Well"].isin(["0-0", "1-0"]).to_numpy()
     adata.obs.loc[strange, "ood_score"] = 9.0
     adata.X[strange] = 50.0
-    result = screen(adata, control="DMSO", permutations=50)
-    assert result.changes.uns["screen"]["wells_set_apart"] == ["p0/1-0", "p1/1-0"]
-    assert result.wells.obs["set_apart"].sum() == 2
-    assert abs(result.changes.X).max() < 10
+    how = {"control": "DMSO", "normalise": normalise, "permutations": 50, "replicates": True}
+    result, without = screen(adata, **how), screen(adata[~strange].copy(), **how)
+    apart = ["p0/0-0", "p0/1-0", "p1/0-0", "p1/1-0"]
+    assert result.changes.uns["screen"]["wells_set_apart"] == apart
+    assert result.wells.obs_names[result.wells.obs["set_apart"]].tolist() == apart
+    pd.testing.assert_frame_equal(result.ranking, without.ranking)
+    np.testing.assert_allclose(result.changes.X, without.changes.X)
+
+
+def test_the_limit_follows_the_controls():
+    usual = np.array([0.85, 0.9, 0.91, 0.92, 0.95])
+    assert usual_limit(usual) == pytest.approx(1.5 * 0.91, abs=1e-3)  # they lie close: half more
+    assert usual_limit(usual * 0.5 + [-0.3, -0.1, 0, 0.1, 0.3]) == pytest.approx(
+        0.455 + 6 * 1.4826 * 0.105, abs=1e-3
+    )
+    assert usual_limit(2 * usual) == 2
+    adata = plates([1.0, 0.0], 6)
+    adata.obs["ood_score"] = 0.91
+    swapped = (adata.obs["Metadata_Well"] == "1-0").to_numpy()
+    adata.obs.loc[swapped, "ood_score"] = 1.74
+    how = {"control": "DMSO", "permutations": 20}
+    facts = screen(adata, **how).changes.uns["screen"]
+    assert facts["wells_set_apart"] == ["p0/1-0", "p1/1-0"]
+    assert facts["max_ood"] == pytest.approx(1.365)
+    facts = screen(adata, max_ood=1.8, **how).changes.uns["screen"]
+    assert (facts["wells_set_apart"], facts["max_ood"]) == ([], 1.8)
+
+
+@pytest.mark.parametrize("n_plates", [1, 3])
+def test_each_exchange_is_fitted_anew(n_plates):
+    """Against least squares with the labels exchanged in the design itself."""
+    adata = plates([1.0, 0.0, 0.5], 14, wells=3, n_plates=n_plates)
+    wells = well_profiles(adata, "Metadata_Treatment")
+    keep = wells.obs_names != "p0/2-1"  # not balanced
+    label, plate = (
+        wells.obs[c].to_numpy().astype(str)[keep] for c in ("Metadata_Treatment", "Metadata_Plate")
+    )
+    fit = Fit(wells.X[keep], label, plate, "DMSO")
+    pool, drawn = fit.exchange(1, 5, np.random.default_rng(0))
+    t = fit.exchanged(1, pool, drawn)
+    np.testing.assert_allclose(t[0], fit.t[1])
+    for row, treated in zip(t, drawn, strict=True):
+        exchanged = label.copy()
+        exchanged[pool] = np.where(treated, "drug2", "DMSO")
+        anew = Fit(wells.X[keep], exchanged, plate, "DMSO")
+        np.testing.assert_allclose(row, anew.t[1], rtol=1e-6)
+        for one in np.unique(plate):
+            assert treated[plate[pool] == one].sum() == (label[plate == one] == "drug2").sum()
+
+
+def test_retrieval_is_that_of_copairs():
+    pytest.importorskip("copairs")
+    rng = np.random.default_rng(0)
+    names = np.repeat(["a", "DMSO"], [5, 9])
+    profiles = rng.normal(size=(14, 20)) + 0.5 * (names == "a")[:, None]
+    found = retrieval(profiles, np.repeat("p", 14), (names == "a")[None])
+    centred = profiles - profiles.mean(axis=0)
+    obs = pd.DataFrame({"t": names})
+    table = map_replicate(centred, obs, "t", control="DMSO", null_size=10)
+    assert found[0] == pytest.approx(table.loc["a", "map"], abs=1e-5)
 
 
 def test_plates_are_brought_onto_the_scale_of_their_controls():
     adata = plates([1.0], 7, controls=40, n_plates=2)
     wells = well_profiles(adata, "Metadata_Treatment")
     control = wells.obs["Metadata_Treatment"].to_numpy() == "DMSO"
+    of_plate = wells.obs["Metadata_Plate"].to_numpy()
+    fitted = hold_out(of_plate, control, np.random.default_rng(0))
+    assert not (fitted & ~control).any()
+    assert pd.Series(of_plate[fitted]).value_counts().to_dict() == {"p0": 20, "p1": 20}
     for how, unit in (("standardise", False), ("sphere", True)):
-        values = normalise_plates(wells, "Metadata_Treatment", "DMSO", how)
+        values = normalise_plates(wells.X, of_plate, fitted, how)
         for plate in ("p0", "p1"):
-            known = values[control & (wells.obs["Metadata_Plate"] == plate).to_numpy()]
+            known = values[fitted & (of_plate == plate)]
             np.testing.assert_allclose(known.mean(axis=0), 0, atol=1e-9)
             assert known.std(axis=0, ddof=1).max() < 1.01
             if unit:
                 off = np.cov(known.T) - np.diag(np.var(known.T, axis=1, ddof=1))
                 assert np.abs(off).max() < 0.9
-    few = wells[~control | (wells.obs["Metadata_Plate"] == "p0").to_numpy()]
-    with pytest.raises(DataError, match="plate p1: 0 wells of 'DMSO'"):
-        normalise_plates(few, "Metadata_Treatment", "DMSO", "standardise")
+    with pytest.raises(DataError, match=r"plate p1: 0 control wells .* takes 6 or more"):
+        hold_out(of_plate, control & (of_plate == "p0"), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda a: a.obs.drop(columns="Metadata_Well"), "no column 'Metadata_Well'"),
-        (lambda a: a.obs.assign(Metadata_Treatment="drug1"), "no well of 'DMSO'"),
+        (lambda a: a.obs.assign(Metadata_Treatment="drug1"), r"'DMSO'; .* has \['drug1'\]"),
+        (lambda a: a.obs.assign(ood_score=np.nan), r"ood_score.* in 28 of 28 wells, e.g. p0/0-0"),
+        (lambda a: a.obs.assign(Metadata_Plate=None), "some cells have no Metadata_Plate"),
         (lambda a: a.obs.assign(Metadata_Well="w"), "more than one Metadata_Treatment"),
     ],
 )
@@ -144,6 +238,13 @@ def test_what_is_missing_is_said(change, said):
     adata = plates([1.0], 8)
     adata.obs = change(adata)
     with pytest.raises(DataError, match=said):
+        screen(adata, control="DMSO")
+
+
+def test_values_that_are_no_numbers_are_said():
+    adata = plates([1.0], 8)
+    adata.X[5, 3] = np.nan
+    with pytest.raises(DataError, match=r"X has values .* in 1 of 28 wells, e.g. p0/0-0"):
         screen(adata, control="DMSO")
 
 
@@ -156,22 +257,46 @@ def test_a_treatment_of_one_well_is_told_and_not_scored():
 
 
 def test_gene_sets_move_with_their_genes(tmp_path):
-    pytest.importorskip("decoupler")
-    result = screen(plates([1.0, 0.0], 10), control="DMSO", permutations=50)
+    adata = plates([1.0, 0.0], 10)
+    result = screen(adata, control="DMSO", permutations=20)
     order = np.argsort(result.changes.layers["t"][0])
     symbols = result.changes.var["symbol"].to_numpy()
     up, few = symbols[order[-12:]], symbols[:3]
     path = tmp_path / "sets.gmt"
     path.write_text(f"UP\tabout\t{chr(9).join(up)}\nFEW\tabout\t{chr(9).join(few)}\n")
-    score_gene_sets(result.changes, read_gene_sets(path), path)
-    assert list(result.changes.obsm["sets"].columns) == ["UP"]
-    t = result.changes.layers["t"][0]
-    slope = stats.linregress(np.isin(symbols, up).astype(float), t)
-    score = result.changes.obsm["sets"].loc["drug1", "UP"]
+    sets = {"sets": read_gene_sets(path)}
+    changes = screen(adata, control="DMSO", gene_sets=sets).changes
+    assert list(changes.obsm["sets"].columns) == ["UP"]
+    slope = stats.linregress(np.isin(symbols, up).astype(float), changes.layers["t"][0])
+    score = changes.obsm["sets"].loc["drug1", "UP"]
     np.testing.assert_allclose(score, slope.slope / slope.stderr, rtol=1e-3)
-    assert result.changes.obsm["sets_q"].loc["drug1", "UP"] < 0.01
-    with pytest.raises(DataError, match="no such file"):
-        read_gene_sets(tmp_path / "absent.gmt")
+    assert changes.obsm["sets_q"].loc["drug1", "UP"] < 0.01
+    with pytest.raises(DataError, match="_q marks q values"):
+        screen(adata, control="DMSO", gene_sets={"a": sets["sets"], "a_q": sets["sets"]})
+    other = pd.DataFrame({"source": "S", "target": [f"ENSG{i}" for i in range(9)], "weight": 1.0})
+    with pytest.raises(DataError, match="no gene set has 5 of the 60"):
+        screen(adata, control="DMSO", gene_sets={"other": other})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("absent.gmt", None, "no file of gene sets there"),
+        ("folder.gmt", "", "no file of gene sets there"),
+        ("empty.gmt", "UP\n", "no gene sets in it"),
+        ("other.csv", "a,b\n1,2\n", "neither a .gmt nor a CSV"),
+        ("text.csv", "source,target,weight\nA,G1,x\nA,G2,1\n", "1 weights .* 'x' of G1 in A"),
+        ("none.csv", "source,target,weight\nA,G1,\nA,G2,1\n", "1 weights .* 'nan' of G1"),
+    ],
+)
+def test_what_gene_sets_lack_is_said(tmp_path, name, text, said):
+    path = tmp_path / name
+    if name.startswith("folder"):
+        path.mkdir()
+    elif text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_gene_sets(path)
 
 
 def test_hallmark_and_progeny_files_are_read(shared_data):
@@ -181,18 +306,27 @@ def test_hallmark_and_progeny_files_are_read(shared_data):
 
 
 def test_command(tmp_path, capsys):
-    pytest.importorskip("copairs")
     plates([1.0, 0.0], 11, wells=3).write_h5ad(tmp_path / "p.h5ad")
     out = tmp_path / "out"
-    command = ["screen", str(tmp_path / "p.h5ad"), "--control", "DMSO", "--replicates"]
-    assert main([*command, "-o", str(out)]) == 0
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        program_sets().to_csv(tmp_path / folder / "genes.csv", index=False)
+    one, two = (str(tmp_path / folder / "genes.csv") for folder in ("one", "two"))
+    command = ["screen", str(tmp_path / "p.h5ad"), "--control", "DMSO", "-o", str(out)]
+    more = ["--replicates", "--q", "0.2", "--permutations", "99", "--gene-sets", one]
+    assert main([*command, *more]) == 0
     assert "drug1" in capsys.readouterr().out
     ranking = pd.read_csv(out / "ranking.csv", index_col="treatment")
     assert ranking.loc["drug1", "map"] > ranking.loc["drug2", "map"]
-    assert {"screen.html", "changes.h5ad", "wells.h5ad", "genes.csv"} <= {
-        p.name for p in out.iterdir()
-    }
-    assert main(["screen", str(tmp_path / "no.h5ad"), "--control", "DMSO", "-o", str(out)]) == 1
+    assert ranking["p"].min() == 0.01
+    assert ad.read_h5ad(out / "changes.h5ad").uns["screen"]["q_limit"] == 0.2
+    assert "gene_id" in pd.read_csv(out / "genes.csv")
+    assert "P0" in pd.read_csv(out / "gene_sets" / "genes.csv")
+    assert {"screen.html", "changes.h5ad", "wells.h5ad"} <= {p.name for p in out.iterdir()}
+    assert main([*command, "--gene-sets", one, two]) == 1
+    assert "two files have one name" in capsys.readouterr().err
+    assert main([*command, "--permutations", "0"]) == 1
+    assert main(["screen", str(tmp_path / "no.h5ad"), *command[2:]]) == 1
 
 
 @pytest.mark.slow
