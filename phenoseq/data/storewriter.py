@@ -182,11 +182,19 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise DataError(f"{path}: exists already; remove it, or use --overwrite")
 
 
-def write_element(group: Any, name: str, element: Any, **how: Any) -> None:
-    """Write an AnnData or a part of one into a group of Zarr or HDF5; ``how`` as for anndata."""
+@contextmanager
+def zarr_v3() -> Iterator[None]:
+    """Write Zarr v3, and keep back what anndata and zarr say of it to those who write it."""
     with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autosharding")
-        parent, _, key = name.rpartition("/")  # no path is a key to anndata 0.13
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        yield
+
+
+def write_element(group: Any, name: str, element: Any, **how: Any) -> None:
+    """Write an AnnData or a part of one into a group of Zarr or HDF5; ``how`` as for anndata."""
+    parent, _, key = name.rpartition("/")  # no path is a key to anndata 0.13
+    with zarr_v3():
         ad.io.write_elem(group[parent] if parent else group, key, element, **how)
 
 

@@ -25,7 +25,7 @@ import zarr
 from numpy.typing import NDArray
 from scipy import sparse
 
-from phenoseq.data.storewriter import write_element
+from phenoseq.data.storewriter import write_element, zarr_v3
 from phenoseq.disk import room_for
 from phenoseq.inference.job import Field, Job, Left, Part, Rows, Values, assemble
 from phenoseq.inference.writer import put_in_place
@@ -206,9 +206,11 @@ def _opened(path: Path, frame: ad.AnnData) -> Iterator[Any]:
             yield file
         return
     group = zarr.create_group(path, zarr_format=3)
-    ad.io.write_elem(group, "/", frame)
+    with zarr_v3():
+        ad.io.write_elem(group, "/", frame)
     yield group
-    zarr.consolidate_metadata(path)
+    with zarr_v3():
+        zarr.consolidate_metadata(path)
 
 
 def _make(group: Any, field: Field, n: int) -> None:

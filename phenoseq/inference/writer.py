@@ -12,6 +12,7 @@ import anndata as ad
 import h5py
 import zarr
 
+from phenoseq.data.storewriter import zarr_v3
 from phenoseq.disk import on_disk, room_for
 from phenoseq.errors import DataError
 
@@ -76,7 +77,7 @@ def write_whole(adata: ad.AnnData, path: Path) -> None:
         if path.suffix == ".h5ad":
             adata.write_h5ad(partial, compression="lzf")
         else:
-            with ad.settings.override(zarr_write_format=3):
+            with zarr_v3():
                 adata.write_zarr(partial)
         put_in_place(partial, path, Path(some))
 

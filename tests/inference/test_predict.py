@@ -268,7 +268,9 @@ def test_progress_counts_to_the_end(model, plate):
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
 def test_round_trip_and_scanpy(tmp_path, model_folder, store, suffix):
     path = tmp_path / f"prediction{suffix}"
-    made = phenoseq.predict(store, model=model_folder, n_samples=2, out=path, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing that libraries say to those who write files
+        made = phenoseq.predict(store, model=model_folder, n_samples=2, out=path, device="cpu")
     assert not isinstance(made.X, np.ndarray)  # it stays in the file
     made = made.to_memory()
     read = ad.read_h5ad(path) if suffix == ".h5ad" else ad.read_zarr(path)
