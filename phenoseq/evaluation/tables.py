@@ -206,7 +206,7 @@ def open_baselines(given: Given, truth: Truth) -> list[Prediction]:
     Raises
     ------
     DataError
-        As :func:`open_prediction`, and where one of :data:`BASELINES` is missing.
+        As :func:`open_prediction`, and where one of ``BASELINES`` is missing.
     """
     cells = Cells(given)
     rows = _aligned(cells, _element(given, "var"), truth)

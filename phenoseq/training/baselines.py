@@ -80,7 +80,7 @@ def fit_baselines(
 
     Returns
     -------
-    ``layers[KEY]`` the mean of each of :data:`~phenoseq.evaluation.tables.BASELINES`;
+    ``layers[KEY]`` the mean of each of ``BASELINES`` (in ``phenoseq.evaluation.tables``);
     ``layers["KEY_draw_0"]`` and so on (CSR) draws of ``regressor_nb``, and of ``random``, real
     training cells that ignore the image;
     ``var["scored"]`` the genes seen in more than 2% of the training cells;
