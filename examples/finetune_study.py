@@ -280,7 +280,7 @@ class Study:
     def draw(self, by: str, *, log: bool) -> None:
         """Draw the scores of each method, its mean over seeds (and folds, where there are some)."""
         table = pd.read_csv(self.file)
-        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        figure = Figure(figsize=(13, 3.4), layout="constrained")
         methods = list(dict.fromkeys(table["method"]))
         for axis, score in zip(
             figure.subplots(1, 3), ("pcc_gene", "e_distance", "variance_ratio"), strict=True
@@ -293,7 +293,8 @@ class Study:
                 axis.set_xscale("log")
             if score == "e_distance":
                 axis.set_yscale("log")
-        figure.axes[0].legend(frameon=False, fontsize=7)
+        lines = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside right center", frameon=False, fontsize=7)
         figure.savefig(self.out / "results.png", dpi=150)
 
 

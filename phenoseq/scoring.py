@@ -33,6 +33,7 @@ from phenoseq.evaluation.tables import (
     open_prediction,
     open_truth,
 )
+from phenoseq.inference.bagged import plain
 from phenoseq.inference.inputs import open_inputs
 from phenoseq.inference.predictor import image_job
 from phenoseq.inference.table import predict_file
@@ -289,7 +290,7 @@ def evaluate_tables(
         "n_cells": len(cells),
         "n_groups": len(cells.groups),
         "n_genes": int(cells.genes.sum()),
-        "regressor": _plain(facts_of(baselines).get("regressor", {})),
+        "regressor": plain(facts_of(baselines).get("regressor", {})),
         "seed": seed,
         "phenoseq_version": __version__,
         "calibration": {r.name: asdict(r.calibration) for r in results if r.calibration},
@@ -310,15 +311,6 @@ def _folder(out: str | Path) -> Path:
         raise DataError(f"{folder}: is a file; name a folder for the report")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return how the regressor was trained as plain JSON, as files have arrays for numbers."""
-    kept = {name: facts[name] for name in ("config", "encoder_weights", "steps") if name in facts}
-    plain: dict[str, Any] = json.loads(
-        json.dumps(kept, default=lambda value: np.asarray(value).tolist())
-    )
-    return plain
 
 
 def _write_tables(

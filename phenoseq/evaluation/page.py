@@ -63,8 +63,7 @@ def write_page(
     most = min(_CELLS, max(_NUMBERS // len(genes), 100))
     cells = pairs.subsample(len(truth), seed, most).numpy()
     true, mean, draw = truth.take(cells), model.take_mean(cells), model.take_draw(cells)
-    symbols = truth.var["symbol"] if "symbol" in truth.var else pd.Series(truth.var.index)
-    names = symbols.astype(str).to_numpy()[truth.genes]
+    names = truth.var["symbol"].astype(str).to_numpy()[truth.genes]
     data = {
         "facts": facts,
         "columns": [
