@@ -115,7 +115,7 @@ def _packed(values: NDArray[np.float32]) -> dict[str, Any]:
 def _embedding(true: NDArray[np.float32], draw: NDArray[np.float32], seed: int) -> dict[str, Any]:
     """Place true and drawn cells together: by UMAP where it is installed, else by PCA."""
     both = np.concatenate([true[:_EMBEDDED], draw[:_EMBEDDED]])
-    k = min(_COMPONENTS, *both.shape)
+    k = min(_COMPONENTS, *true.shape)
     axes = PCA(k, random_state=seed, svd_solver="randomized").fit(true).transform(both)
     how = "PCA"
     try:

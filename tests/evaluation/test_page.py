@@ -101,6 +101,12 @@ def test_umap_where_it_is_installed(monkeypatch):
     assert np.shape(placed["true"]) == np.shape(placed["draw"]) == (2, 30)
 
 
+def test_fewer_cells_than_components_are_placed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    true, draw = np.random.default_rng(0).random((2, 20, 45)).astype(np.float32)
+    assert np.shape(page._embedding(true, draw, 0)["draw"]) == (2, 20)
+
+
 def test_packed_values_come_back():
     values = np.array([[0.0, 2.0], [1.0, 4.0]], dtype=np.float32)
     packed = page._packed(values)
